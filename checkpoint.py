@@ -1,0 +1,155 @@
+"""What a checkpoint holds, saving it whole or not at all, and opening models from anywhere.
+
+    python -c "import checkpoint; print(checkpoint.load('out/ckpt.pt').keys())"
+
+A checkpoint is one dict of plain types and tensors, read with weights_only=True: nothing in it can
+run code. out_dir/ckpt.pt is the last one, with all that resuming needs; out_dir/best.pt the one
+with the lowest val_loss, without the optimizer.
+"""
+import json
+import os
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+
+import tokenizer as tokenizers
+from configurator import UserError
+from model import GPT, GPTConfig, from_transformers
+
+FORMAT_VERSION = 1
+KEYS = ('format_version', 'model', 'model_args', 'template', 'tokenizer', 'config', 'step', 'val_loss')
+HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2', 'microsoft/DialoGPT-small',
+             'microsoft/DialoGPT-medium', 'microsoft/DialoGPT-large')
+
+
+def pack(model, tokenizer, template, config, step, val_loss, **more):
+    """The dict to save. config: the run's, as a dict; more: what only resuming needs."""
+    return {'format_version': FORMAT_VERSION, 'model': model.state_dict(), 'model_args': asdict(model.config),
+            'template': template, 'tokenizer': tokenizer.state(), 'config': config, 'step': step,
+            'val_loss': val_loss, **more}
+
+
+def save(contents, path):
+    """Write the dict to path: under another name first, flushed, renamed. UserError if it cannot be."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)  # or a power cut could undo the renaming
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f'could not save {path}: {error}. The checkpoint that was there before still is.') from None
+
+
+def load(path, map_location='cpu'):
+    """The dict at path, read without running anything in it; UserError for what is no checkpoint."""
+    if not os.path.exists(path):
+        raise UserError(f'{path} not found. Train first: python train.py config/finetune_oasst.py, '
+                        'or name the folder: --out_dir=FOLDER')
+    try:
+        contents = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        missing = [key for key in KEYS if key not in contents]
+    except Exception as error:  # the reader meets whatever a damaged or hostile file makes it meet
+        reason = str(error).strip().split('\n')[0][:120]
+        raise UserError(f'{path} is not a checkpoint that can be read safely: {type(error).__name__} {reason}') from None
+    if missing or contents['format_version'] != FORMAT_VERSION:
+        found = contents.get('format_version') if isinstance(contents, dict) else None
+        raise UserError(f'{path} is not a checkpoint of format {FORMAT_VERSION}: found format {found!r}, '
+                        f'missing {", ".join(missing) or "nothing"}.')
+    return contents
+
+
+class Opened(NamedTuple):
+    """A model ready to use. template is None for one that was never tuned by this code."""
+    model: GPT
+    tokenizer: tokenizers.Tokenizer
+    template: str
+    description: str
+    contents: dict  # the whole checkpoint; {} for any other source
+
+
+def from_contents(contents, description=''):
+    """The Opened model of a checkpoint's dict."""
+    model = GPT(GPTConfig(**contents['model_args']))
+    model.load_state_dict(contents['model'])
+    return Opened(model, tokenizers.from_state(contents['tokenizer']), contents['template'], description, contents)
+
+
+def open_model(init_from, out_dir='out', which='last', vocabulary=None):
+    """An Opened model: 'resume' (a checkpoint in out_dir), a hub name or a folder of transformers.
+
+    which: 'last' or 'best', of the checkpoints. vocabulary: the Tokenizer to use instead of the
+    folder's or the hub model's own; the model gets a row for each of its tags that it lacks.
+    """
+    if init_from == 'resume':
+        path = os.path.join(out_dir, 'ckpt.pt')
+        if which == 'best' and os.path.exists(os.path.join(out_dir, 'best.pt')):
+            path = os.path.join(out_dir, 'best.pt')
+        contents = load(path)
+        loss = '' if contents['val_loss'] is None else f", val_loss {contents['val_loss']:.4f}"
+        return from_contents(contents, f"{path} (step {contents['step']}{loss})")
+    folder = init_from if os.path.isdir(init_from) else _from_hub(init_from)
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+            config = json.load(file)
+        model = from_transformers(config, _read_weights(folder))
+    except UserError as error:
+        raise UserError(f'{init_from} cannot be used: {error}') from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{init_from} is not a model folder in transformers' form: {error}. "
+                        'Expected config.json and model.safetensors.') from None
+    own = folder == init_from and any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
+    tokenizer = vocabulary or tokenizers.load(folder if own else 'gpt2', tags=False)
+    n, pieces = model.config.vocab_size, tokenizer.tag_pieces()
+    if n == tokenizer.vocab_size - len(pieces):
+        model.add_tokens(pieces) if pieces else None
+    elif n != tokenizer.vocab_size:
+        raise UserError(f'{init_from} has {n} tokens, the vocabulary {tokenizer.name!r} has {tokenizer.vocab_size}. '
+                        'Prepare the data with the vocabulary of the model: --tokenizer=FOLDER')
+    return Opened(model, tokenizer, None, init_from, {})
+
+
+def _read_weights(folder):
+    """{name: tensor} of model.safetensors or pytorch_model.bin; no pickled code is run."""
+    path = os.path.join(folder, 'model.safetensors')
+    if os.path.exists(path):
+        import safetensors.torch
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # SafetensorError, or whatever a damaged header leads to
+            raise UserError(f'model.safetensors is damaged: {error}.') from None
+    path = os.path.join(folder, 'pytorch_model.bin')
+    if not os.path.exists(path):
+        raise UserError('it holds neither model.safetensors nor pytorch_model.bin.')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f'pytorch_model.bin cannot be read safely: {type(error).__name__}.') from None
+
+
+def _from_hub(name):
+    """The local folder of a hub model, downloaded into transformers' own cache on first use."""
+    if name not in HUB_NAMES:
+        raise UserError(f'init_from={name!r} is neither a folder nor a model that is known here. '
+                        f'Expected scratch, resume, a folder, or one of {", ".join(HUB_NAMES)}.')
+    import huggingface_hub  # comes with transformers
+    try:
+        names = ('config.json', 'model.safetensors', 'pytorch_model.bin')
+        config = huggingface_hub.hf_hub_download(name, 'config.json')
+        for weights in names[1:]:
+            try:
+                huggingface_hub.hf_hub_download(name, weights)
+                break
+            except huggingface_hub.errors.EntryNotFoundError:
+                continue
+    except Exception as error:  # whatever the hub's client or the network raises
+        raise UserError(f'{name} is not in the cache and could not be downloaded ({type(error).__name__}). '
+                        'Connect once, or download its files elsewhere and use --init_from=FOLDER.') from None
+    return os.path.dirname(config)

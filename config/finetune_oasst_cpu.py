@@ -1,0 +1,24 @@
+"""The same as config/finetune_oasst.py at the size of a laptop: distilgpt2, rows of 512 positions.
+
+    python data/oasst/prepare.py --max_tokens=513
+    python train.py config/finetune_oasst_cpu.py
+    python sample.py --out_dir=out/oasst-cpu --user="What's the capital of France?"
+
+A row of 512 positions holds a conversation of 513 tokens, whose last is predicted and predicts
+nothing; prepared with the default --max_tokens=1024, longer conversations are left out and counted.
+"""
+out_dir = 'out/oasst-cpu'
+init_from = 'distilgpt2'
+dataset = 'oasst'
+
+# 4 rows * 4 micro-batches * 512 positions: about 8,000 tokens a step
+batch_size = 4
+gradient_accumulation_steps = 4
+block_size = 512
+
+max_iters = 300
+eval_interval = 50
+log_interval = 1
+
+learning_rate = 5e-5  # a step sees a quarter of the tokens, and there are few of them
+warmup_iters = 10

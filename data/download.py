@@ -1,0 +1,105 @@
+"""Downloads of pinned files: shown, resumed, retried, and checked by size and sha256.
+
+A file under its own name is whole and right; what is still arriving is called NAME.part.
+"""
+import hashlib
+import os
+import sys
+import time
+
+import requests
+
+from configurator import UserError
+
+ATTEMPTS, PAUSE_S = 5, 1.0  # waits of 1, 2, 4 and 8 seconds between the attempts
+HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')  # a mirror, as for transformers
+
+
+def download(url, path, n_bytes, sha256):
+    """Make sure that `path` holds the file at `url` with this size and hash; returns path."""
+    if os.path.exists(path):
+        _verify(path, path, url, n_bytes, sha256)
+        return path
+    part = path + '.part'
+    problem = None
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE_S * 2 ** (attempt - 1))
+            print(f'{problem}; trying again ({attempt + 1} of {ATTEMPTS})', file=sys.stderr)
+        try:
+            _fetch(url, part, n_bytes)
+            break
+        except requests.HTTPError as error:
+            problem = f'the server answered {error.response.status_code} {error.response.reason}'
+            if error.response.status_code < 500 and error.response.status_code != 429:
+                raise UserError(_by_hand(url, path, problem)) from None
+        except (requests.RequestException, OSError) as error:
+            if isinstance(error, OSError) and error.filename:
+                raise UserError(f'cannot write {part}: {error.strerror}') from None
+            problem = f'the connection failed ({type(error).__name__})'
+    else:
+        raise UserError(_by_hand(url, path, f'{problem}, {ATTEMPTS} times'))
+    _verify(part, path, url, n_bytes, sha256)
+    os.replace(part, path)
+    return path
+
+
+def _by_hand(url, path, problem):
+    return f'could not download {url}: {problem}. Put the file at {path} yourself, or use --input=FILE.'
+
+
+def _fetch(url, part, n_bytes):
+    """One attempt to bring `part` to n_bytes, going on from where it stands."""
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    if have == n_bytes:
+        return
+    if have > n_bytes:
+        os.remove(part)
+        have = 0
+    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == 416:  # the file there is shorter than what we have
+            os.remove(part)
+            raise requests.ConnectionError
+        response.raise_for_status()
+        if response.status_code != 206 or \
+                not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+            have = 0  # no ranges here: from the start
+        size = response.headers.get('Content-Length')
+        if size and size.isdigit() and have + int(size) != n_bytes:
+            raise UserError(f'{url} is {have + int(size):,} bytes there, expected {n_bytes:,}: not the '
+                            'pinned file, so nothing was downloaded.')
+        bar = sys.stderr.isatty()
+        with open(part, 'r+b' if have else 'wb') as file:
+            file.seek(have)
+            file.truncate()
+            for block in response.iter_content(1 << 18):
+                file.write(block)
+                have += len(block)
+                if bar:
+                    print(f'\r{os.path.basename(part)[:-5]}: {have / 1e6:,.1f} of {n_bytes / 1e6:,.1f} MB',
+                          end='', file=sys.stderr, flush=True)
+                if have > n_bytes:
+                    break
+    if bar:
+        print(file=sys.stderr)
+    if have < n_bytes:
+        raise requests.ConnectionError  # it broke off: go on from here
+
+
+def _verify(part, path, url, n_bytes, sha256):
+    """UserError, and no such .part any more, where size or hash are not the pinned ones."""
+    found = os.path.getsize(part)
+    digest = hashlib.sha256()
+    if found == n_bytes:
+        with open(part, 'rb') as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() == sha256:
+            return
+    what = f'{found:,} bytes, expected {n_bytes:,}' if found != n_bytes else \
+        f'sha256 {digest.hexdigest()}, expected {sha256}'
+    if part != path:
+        os.remove(part)
+        raise UserError(f'{url} gave a wrong file ({what}); it was deleted. Try again later.')
+    raise UserError(f'{path} is not the pinned file: {what}. Delete it and run this again.')

@@ -1,0 +1,240 @@
+"""What every data/*/prepare.py does with a source once it can read it: encode, split, count, write.
+
+A source comes as blocks. A worker process turns a block into units (one tree, one row: what must not
+be torn apart by a split) and encodes their conversations; this process puts them in order, drops
+repeated units, writes the token files and prints the table.
+"""
+import gzip
+import hashlib
+import os
+import sys
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+import conversation
+import tokenfile
+from configurator import UserError
+
+BLOCK = 1 << 20  # bytes of source that a worker gets at a time
+LONGEST_LINE = 64 << 20  # bytes; a longer line counts as broken
+BROKEN_SHARE = 0.01  # of all lines; with more of them broken the source is refused
+
+
+class Unit(NamedTuple):
+    """What one tree or row of the source gave, before encoding.
+
+    key decides the split. seen = len(conversations) + the sum of dropped. counts: whatever else
+    is worth a line in the table. broken: what was wrong, for a line that is no unit at all.
+    """
+    key: str = ''
+    seen: int = 0
+    conversations: list = ()
+    dropped: dict = {}
+    counts: dict = {}
+    broken: str = ''
+
+
+class Job(NamedTuple):
+    """What a worker needs to know."""
+    units: Callable  # block -> iterable of Unit
+    tokenizer: object
+    template: str
+    max_tokens: int
+    as_text: bool = False
+
+
+class Encoded(NamedTuple):
+    """A block after encoding: ids, mask and lengths of its conversations, end to end.
+
+    units: [(Unit without its conversations, how many of them were kept, how many truncated, text)].
+    """
+    units: list
+    ids: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+
+
+def read_blocks(path):
+    """(number of the first line, bytes of whole lines) of a file, plain or gzip by its content."""
+    try:
+        with open(path, 'rb') as raw:
+            zipped = raw.read(2) == b'\x1f\x8b'
+        with (gzip.open(path, 'rb') if zipped else open(path, 'rb')) as file:
+            number = 1
+            while block := file.read(BLOCK):
+                block += file.readline(LONGEST_LINE)
+                if len(block) > LONGEST_LINE:  # its last line is too long: a stump stands for it
+                    while not block.endswith(b'\n') and (rest := file.readline(LONGEST_LINE)):
+                        block = block[:BLOCK] + rest[-1:]
+                    block = block[:block.rfind(b'\n', 0, BLOCK) + 1] + b'(a line of over 64 MiB)\n'
+                yield number, block
+                number += block.count(b'\n')
+    except FileNotFoundError:
+        raise UserError(f'{path} not found. --input takes a .jsonl or .jsonl.gz file.') from None
+    except (OSError, EOFError) as error:
+        raise UserError(f'{path} cannot be read to its end: {error}. Nothing was written.') from None
+
+
+def split_by_hash(seed, **fractions):
+    """A function unit key -> split name: by a hash of the key, so that adding data moves nothing."""
+    def split_of(key):
+        digest = hashlib.sha256(f'{seed}:{key}'.encode('utf-8', 'surrogatepass')).digest()
+        at = int.from_bytes(digest[:8], 'big') / 2 ** 64
+        for name, fraction in fractions.items():
+            if at < fraction:
+                return name
+            at -= fraction
+        return 'train'
+    return split_of
+
+
+def encode_block(job, block):
+    """The Encoded of one block."""
+    units, all_ids, all_masks = [], [np.zeros(0, np.uint16)], [np.zeros(0, np.uint8)]
+    for unit in job.units(block):
+        dropped, texts, n_truncated, n_before = Counter(unit.dropped), [], 0, len(all_ids)
+        for turns in unit.conversations:
+            try:
+                ids, mask, n_lost = conversation.encode(turns, job.tokenizer, job.template, job.max_tokens)
+            except ValueError:
+                dropped['template heading'] += 1
+                continue
+            if ids is None:
+                dropped['too long'] += 1
+                continue
+            n_truncated += n_lost > 0
+            all_ids.append(ids)
+            all_masks.append(mask)
+            if job.as_text:
+                texts.append(conversation.to_text(turns[:len(turns) - n_lost]) + '\n')
+        units.append((unit._replace(conversations=(), dropped=dropped), len(all_ids) - n_before,
+                      n_truncated, ''.join(texts)))
+    return Encoded(units, np.concatenate(all_ids), np.concatenate(all_masks),
+                   np.array([len(ids) for ids in all_ids[1:]], np.int64))
+
+
+_job = None  # of this worker process
+
+
+def _start_worker(job):
+    global _job
+    _job = job
+    job.tokenizer.remember()
+
+
+def _work(block):
+    return encode_block(_job, block)
+
+
+def encoded_blocks(blocks, job):
+    """The blocks, Encoded, in order; on all cores where there is more than one of them."""
+    blocks = iter(blocks)
+    first = [block for block in (next(blocks, None), next(blocks, None)) if block is not None]
+    if len(first) < 2:
+        job.tokenizer.remember()
+        yield from (encode_block(job, block) for block in first)
+        return
+    n_workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with ProcessPoolExecutor(n_workers, initializer=_start_worker, initargs=(job,)) as pool:
+        pending = deque(pool.submit(_work, block) for block in first)
+        while pending:
+            while len(pending) < 2 * n_workers and (block := next(blocks, None)) is not None:
+                pending.append(pool.submit(_work, block))
+            yield pending.popleft().result()
+
+
+def export(blocks, job, split_of, folder, splits, meta, options):
+    """Write the token files of a source and print the table; returns what meta.json says."""
+    seen = kept = truncated = n_units = 0
+    dropped, counts, broken, keys = Counter(), Counter(), [], set()
+    with tokenfile.Writer(folder, splits) as writer:
+        for encoded in encoded_blocks(blocks, job):
+            split_numbers = []  # of each conversation in the block; -1: in none
+            for unit, n_kept, n_truncated, _ in encoded.units:
+                if unit.broken:
+                    broken.append(unit.broken)
+                    continue
+                n_units += 1
+                seen += unit.seen
+                counts.update(unit.counts)
+                repeated = unit.key in keys
+                split_numbers += [-1 if repeated else splits.index(split_of(unit.key))] * n_kept
+                if repeated:
+                    dropped['repeated'] += unit.seen
+                    continue
+                keys.add(unit.key)
+                dropped.update(unit.dropped)
+                kept += n_kept
+                truncated += n_truncated
+            split_numbers = np.array(split_numbers, np.int64)
+            of_token = np.repeat(split_numbers, encoded.lengths)
+            for number, split in enumerate(splits):
+                writer.add(split, encoded.ids[of_token == number], encoded.mask[of_token == number],
+                           encoded.lengths[split_numbers == number])
+        check_broken(broken, n_units)
+        assert seen == kept + dropped.total(), (seen, kept, dropped)
+        if not kept:
+            raise UserError(f'no conversation was kept of {seen} seen; dropped: {dict(dropped) or "none"}. '
+                            'Nothing was written.')
+        meta = {**meta, 'template': job.template,
+                'tokenizer': {'name': job.tokenizer.name, 'sha256': job.tokenizer.sha256},
+                'seen': seen, 'kept': kept, 'dropped': dict(dropped), 'truncated': truncated,
+                'counts': dict(counts), 'broken_lines': len(broken), 'options': options}
+        writer.finish(meta)
+    meta['splits'] = writer.counts
+    print(table(meta))
+    return meta
+
+
+def print_text(blocks, job):
+    """The kept conversations as text on standard output, one after another."""
+    keys = set()
+    for encoded in encoded_blocks(blocks, job._replace(as_text=True)):
+        for unit, _, _, text in encoded.units:
+            if not unit.broken and unit.key not in keys:
+                keys.add(unit.key)
+                sys.stdout.write(text)
+
+
+def check_broken(broken, n_good):
+    """Name the first broken lines on standard error; UserError where they are too many."""
+    for line in broken[:10]:
+        print(f'broken {line}', file=sys.stderr)
+    if len(broken) > 10:
+        print(f'… and {len(broken) - 10} more broken lines', file=sys.stderr)
+    if len(broken) > BROKEN_SHARE * (len(broken) + n_good):
+        raise UserError(f'{len(broken)} of {len(broken) + n_good} lines are broken, more than '
+                        f'{BROKEN_SHARE:.0%}; the first: {broken[0]}. Nothing was written.')
+
+
+def table(meta):
+    """The counts of meta.json, for a person."""
+    splits = meta['splits'].items()
+    tokens = sum(counts['tokens'] for _, counts in splits)
+    rows = [*meta['counts'].items(), ('broken lines', meta['broken_lines']),
+            ('conversations seen', meta['seen']), ('  kept', meta['kept']),
+            ('  dropped', meta['seen'] - meta['kept']),
+            *((f'    {reason}', n) for reason, n in meta['dropped'].items() if n),
+            ('truncated to max_tokens', meta['truncated']), ('tokens', tokens)]
+    lines = [f'{name:<28}{n:>12,}' for name, n in rows]
+    for name, counts in splits:
+        share = counts['supervised_tokens'] / max(1, counts['tokens'])
+        lines.append(f"{name:<10}{counts['conversations']:>9,} conversations{counts['tokens']:>12,} tokens, "
+                     f'{share:.1%} supervised')
+    return '\n'.join(lines)
+
+
+def local_source(path):
+    """What meta.json says of a local file: its name, size and hash, not where it lay."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}. --input takes a .jsonl or .jsonl.gz file.') from None
+    return {'name': os.path.basename(path), 'url': None, 'bytes': os.path.getsize(path),
+            'sha256': digest.hexdigest(), 'licence': None}

@@ -1,0 +1,157 @@
+"""GPT-2's byte-level BPE, through tiktoken, with our tags as tokens of their own.
+
+    python -c "import tokenizer; print(tokenizer.load('gpt2').encode('Hello'))"
+
+Three places to have a vocabulary from: GPT-2's own (tiktoken downloads it once, checks its sha256
+and caches it in TIKTOKEN_CACHE_DIR), a folder with the files of `transformers` (tokenizer.json, or
+vocab.json and merges.txt), or a small one learned from a text.
+
+Ids: the text tokens first, in order of merging; then <|endoftext|>; then, where a template needs
+them, the six tags. Text is always encoded as ordinary text and cannot produce any of those seven.
+Source: Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/encoder.py
+"""
+import hashlib
+import json
+import os
+from functools import lru_cache
+
+import tiktoken
+from tiktoken_ext.openai_public import gpt2 as gpt2_vocabulary
+
+from configurator import UserError
+
+END_OF_TEXT = '<|endoftext|>'
+TAGS = ('<conversation>', '</conversation>', '<user>', '</user>', '<assistant>', '</assistant>')
+
+# How GPT-2 splits text before merging: contractions, words, numbers, signs, white space.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """Text tokens (bytes, in order of merging), <|endoftext|>, and the tags if `tags` is true."""
+
+    def __init__(self, name, tokens, tags):
+        self.name, self.tokens, self.tags = name, tokens, tags
+        n = len(tokens)
+        self.special = {piece: n + i for i, piece in enumerate((END_OF_TEXT, *TAGS)[:7 if tags else 1])}
+        self.end_of_text = n
+        self.vocab_size = n + len(self.special)
+        self._bpe = tiktoken.Encoding(name, pat_str=PATTERN, special_tokens=self.special,
+                                      mergeable_ranks={token: i for i, token in enumerate(tokens)})
+
+    def encode(self, text):
+        """Ordinary text -> uint32 array of ids, none of them special. ValueError for lone surrogates."""
+        text.encode('utf-8')  # tiktoken would silently put U+FFFD where this raises
+        return self._bpe.encode_to_numpy(text, disallowed_special=())
+
+    def remember(self, n=64):
+        """Keep the last n results of encode: the threads of one tree share most of their turns."""
+        self.encode = lru_cache(n)(self.encode)
+
+    def encode_with_tags(self, text):
+        """What the person at the keyboard wrote: tags and <|endoftext|> count as such."""
+        return self._bpe.encode_to_numpy(text, allowed_special='all')
+
+    def decode_bytes(self, ids):
+        """The bytes of the ids; tags as they are written."""
+        return self._bpe.decode_bytes(ids)
+
+    def decode(self, ids):
+        """The text of the ids; U+FFFD where they end inside a character."""
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def tag_pieces(self):
+        """{tag id: the ids that the tag's text would have as ordinary text}; {} without tags."""
+        return {self.special[tag]: self.encode(tag).tolist() for tag in TAGS} if self.tags else {}
+
+    @property
+    def sha256(self):
+        """Hash of the text tokens: equal hashes mean equal ids for all text."""
+        return hashlib.sha256(b''.join(b'%d:%b' % (len(t), t) for t in self.tokens)).hexdigest()
+
+    def state(self):
+        """What a checkpoint keeps: the name for GPT-2's own vocabulary, the whole of any other."""
+        tokens = None if self.name == 'gpt2' else [to_unicode(token) for token in self.tokens]
+        return {'name': self.name, 'sha256': self.sha256, 'tags': self.tags, 'tokens': tokens}
+
+
+def load(name, tags=True):
+    """The Tokenizer `name`: 'gpt2', or a folder or tokenizer.json in transformers' form."""
+    if name != 'gpt2':
+        return Tokenizer(os.path.basename(os.path.normpath(name)), _read_folder(name), tags)
+    try:
+        ranks = gpt2_vocabulary()['mergeable_ranks']
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: wrong hash
+        raise UserError(f"GPT-2's vocabulary is not in tiktoken's cache and could not be downloaded "
+                        f'({type(error).__name__}). Connect once, or set TIKTOKEN_CACHE_DIR to a '
+                        'folder that has it.') from None
+    return Tokenizer('gpt2', sorted(ranks, key=ranks.get), tags)
+
+
+def from_state(state):
+    """The Tokenizer of a checkpoint. UserError where its vocabulary is not what its hash says."""
+    if state['tokens'] is None:
+        tokenizer = load(state['name'], state['tags'])
+    else:
+        tokenizer = Tokenizer(state['name'], [to_bytes(token) for token in state['tokens']], state['tags'])
+    if tokenizer.sha256 != state['sha256']:
+        raise UserError(f"the checkpoint's vocabulary {state['name']!r} does not have the hash that "
+                        'is stored with it. The checkpoint is damaged, or was edited.')
+    return tokenizer
+
+
+def learn(texts, vocab_size, path):
+    """Learn vocab_size byte-level BPE tokens from the texts; write them as a tokenizer.json."""
+    import tokenizers  # comes with transformers; only needed here
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    bpe.save(path)
+
+
+def _read_folder(path):
+    """The text tokens, in order of merging, of a folder or a tokenizer.json."""
+    whole = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
+    split = os.path.join(path, 'vocab.json')
+    try:
+        if os.path.isfile(whole):
+            with open(whole, encoding='utf-8') as file:
+                vocab = json.load(file)['model']['vocab']
+        elif os.path.isfile(split):
+            with open(split, encoding='utf-8') as file:
+                vocab = json.load(file)
+        else:
+            raise UserError(f'no vocabulary in {path}: expected tokenizer.json, or vocab.json and '
+                            'merges.txt. Or use GPT-2\'s own: gpt2.')
+        text = sorted((token for token in vocab if token not in (END_OF_TEXT, *TAGS)), key=vocab.get)
+        tokens = [to_bytes(token) for token in text]
+        if [vocab[token] for token in text] != list(range(len(text))) or len(set(tokens)) < len(tokens):
+            raise ValueError('ids are not 0, 1, 2, …')
+        if not set(tokens) >= {bytes([b]) for b in range(256)}:
+            raise ValueError('some of the 256 bytes have no token')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} does not hold a byte-level vocabulary of GPT-2's kind ({error}). "
+                        "Expected a folder that transformers' GPT-2 tokenizer has saved.") from None
+    return tokens
+
+
+# GPT-2's files write each byte as one printable character: itself where it is printable, the next
+# free one from U+0100 on where it is not.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_CHAR = {b: chr(b) for b in _PRINTABLE}
+_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _CHAR)}
+_BYTE = {char: b for b, char in _CHAR.items()}
+
+
+def to_unicode(token):
+    """A token's bytes as GPT-2's vocabulary files write them."""
+    return ''.join(_CHAR[b] for b in token)
+
+
+def to_bytes(token):
+    """The other way; KeyError for a character that stands for no byte."""
+    return bytes(_BYTE[char] for char in token)

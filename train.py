@@ -1,0 +1,430 @@
+"""Fine-tune a GPT-2 on conversations, or train a small one from scratch.
+
+    python train.py config/finetune_oasst.py                        # one GPU, a Mac or a CPU
+    torchrun --standalone --nproc_per_node=4 train.py config/finetune_oasst.py
+    python train.py --init_from=resume --out_dir=out/oasst          # go on, bit for bit
+
+Everything random in step s is a function of (seed, s, process), and so is the data it sees:
+resuming needs nothing but the weights, the optimizer and the number of the step.
+"""
+import json
+import math
+import os
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import configurator
+import runlog
+import tokenfile
+import tokenizer as tokenizers
+from configurator import REPOSITORY, UserError
+from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+
+
+@dataclass(frozen=True)
+class Config:
+    # where from, where to
+    init_from: str = 'gpt2'          # scratch, resume, a hub name such as gpt2-medium, or a folder
+    out_dir: str = 'out'             # for ckpt.pt, best.pt, log.csv, loss.png and config.json
+    overwrite: bool = False          # replace a checkpoint that is in out_dir already
+    dataset: str = 'oasst'           # a prepared folder in data_dir; several with commas are mixed
+    data_dir: str = 'data'           # looked for here, then beside train.py
+    # how long, how often
+    max_iters: int = 1000            # optimizer steps
+    epochs: float = 0.0              # if above 0, max_iters is what this many passes over the data take
+    eval_interval: int = 100         # steps between evaluations, which also save
+    eval_iters: int = 0              # batches in an evaluation; 0 is the whole validation set
+    eval_only: bool = False          # evaluate once and stop
+    log_interval: int = 10           # steps between lines of the log
+    patience: int = 0                # stop after this many evaluations without a better one; 0 never
+    always_save_checkpoint: bool = True  # False: ckpt.pt too is written only where val_loss improved
+    # a step: gradient_accumulation_steps micro-batches (over all processes) of batch_size rows
+    batch_size: int = 4              # rows in a micro-batch
+    gradient_accumulation_steps: int = 4  # micro-batches in a step, shared among the processes
+    block_size: int = 1024           # positions in a row; a longer conversation is left out, and counted
+    loss_on: str = 'response'        # response: what the assistant must produce; all: every token
+    # the model: its shape from scratch; a pretrained one brings its own
+    n_layer: int = 12                # layers
+    n_head: int = 12                 # attention heads
+    n_embd: int = 768                # width of the stream
+    dropout: float = 0.0             # on embeddings and both branches of a layer, not inside attention
+    bias: bool = True                # biases in linear layers and norms
+    # the optimizer: AdamW, linear warm-up, cosine decay
+    learning_rate: float = 3e-5      # the highest
+    weight_decay: float = 0.1        # of matrices; biases and norms have none
+    beta1: float = 0.9               # AdamW
+    beta2: float = 0.95              # AdamW
+    grad_clip: float = 1.0           # largest norm of the gradient; 0 does not clip
+    decay_lr: bool = True            # False keeps learning_rate after the warm-up
+    warmup_iters: int = 20           # steps of warm-up
+    lr_decay_iters: int = 0          # step at which min_lr is reached; 0 is max_iters
+    min_lr: float = 0.0              # the lowest
+    # the machine
+    device: str = 'auto'             # auto, cpu, cuda, cuda:1, mps
+    dtype: str = 'auto'              # auto, float32, bfloat16, float16: of matrix products
+    compile: bool = False            # torch.compile: slower to start, faster after
+    backend: str = 'auto'            # of torch.distributed: nccl on CUDA, gloo elsewhere
+    seed: int = 1337                 # of the order of the data, dropout and a model from scratch
+    # nanoGPT's keys for Weights & Biases, so that its config files load; log.csv has the numbers
+    wandb_log: bool = False          # not used
+    wandb_project: str = ''          # not used
+    wandb_run_name: str = ''         # not used
+
+    def problems(self):
+        """What cannot work, a sentence each."""
+        for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'log_interval',
+                     'n_layer', 'n_head', 'n_embd'):
+            if getattr(self, name) < 1:
+                yield f'{name}={getattr(self, name)} must be at least 1.'
+        for name in ('max_iters', 'eval_iters', 'patience', 'warmup_iters', 'lr_decay_iters', 'epochs',
+                     'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'seed'):
+            if not 0 <= getattr(self, name) < float('inf'):
+                yield f'{name}={getattr(self, name)} must not be negative.'
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            yield f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.'
+        if not 0 <= self.dropout < 1:
+            yield f'dropout={self.dropout} must be at least 0 and below 1.'
+        if self.loss_on not in ('response', 'all'):
+            yield f'loss_on={self.loss_on!r}: expected response or all.'
+        if self.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+            yield f'dtype={self.dtype!r}: expected auto, float32, bfloat16 or float16.'
+        if self.min_lr > self.learning_rate:
+            yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
+
+
+# A run that is resumed with one of these changed would no longer be the same run.
+FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on', 'seed', 'dropout')
+
+
+@dataclass
+class Processes:
+    """This process among all that train together, and where it computes."""
+    rank: int
+    world: int
+    device: str
+
+    def sum(self, numbers):
+        """The sums of everybody's numbers, a list of floats."""
+        if self.world == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+
+@contextmanager
+def processes(config):
+    """Processes, as torchrun's environment says; one alone without it."""
+    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
+    device = pick_device(config.device)
+    if config.gradient_accumulation_steps % world:
+        raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared '
+                        f'equally among {world} processes. Use a multiple of {world}.')
+    if world == 1:
+        yield Processes(0, 1, device)
+        return
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = ('nccl' if device.startswith('cuda') else 'gloo') if config.backend == 'auto' else config.backend
+    dist.init_process_group(backend)
+    try:
+        yield Processes(rank, world, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def data_folders(config):
+    """The folders of the data sets; each is looked for from here, then beside this file."""
+    bases = (config.data_dir, os.path.join(REPOSITORY, config.data_dir))
+    names = [name.strip() for name in config.dataset.split(',')]
+    return [next((p for p in (os.path.join(base, name) for base in bases) if os.path.isdir(p)),
+                 os.path.join(bases[0], name)) for name in names]
+
+
+def start_model(config, folders):
+    """The Opened model to train, checked against the data it is to be trained on."""
+    metas = [tokenfile.read_meta(folder) for folder in folders]
+    template = metas[0]['template']
+    if len({meta['tokenizer']['sha256'] for meta in metas}) > 1:
+        raise UserError(f'the data sets {config.dataset} were prepared with different vocabularies.')
+    tags = any(meta['template'] == 'xml' for meta in metas)
+    name = metas[0]['tokenizer']['name']
+    vocabulary = tokenizers.load(name if name == 'gpt2' else os.path.join(folders[0], name), tags)
+    if vocabulary.sha256 != metas[0]['tokenizer']['sha256']:
+        raise UserError(f'{folders[0]} was prepared with another vocabulary than {name!r} is now. Prepare it again.')
+    if config.init_from == 'scratch':
+        torch.manual_seed(config.seed)
+        shape = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')}
+        opened = checkpoint.Opened(GPT(GPTConfig(vocab_size=vocabulary.vocab_size, **shape)),
+                                   vocabulary, template, 'a new model', {})
+    else:
+        opened = checkpoint.open_model(config.init_from, config.out_dir, vocabulary=vocabulary)
+        opened.model.set_dropout(config.dropout)
+    contents = opened.contents
+    if contents:
+        data = [tokenfile.fingerprint(folder) for folder in folders]
+        if contents['data'] != data:
+            raise UserError(f"{config.dataset} is not the data that {config.out_dir} was trained on. Prepare it as it "
+                            'was, or start anew with another --out_dir.')
+        changed = [key for key in FIXED_ON_RESUME if contents['config'][key] != getattr(config, key)]
+        if changed:
+            raise UserError('\n'.join(f"{key} was {contents['config'][key]!r} and cannot become {getattr(config, key)!r} in "
+                                      'a run that is resumed. Leave it out, or start anew.' for key in changed))
+    positions = opened.model.config.block_size
+    if config.block_size > positions:
+        raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
+                        f'{opened.description}. Use --block_size={positions} or less.')
+    return opened._replace(template=template)
+
+
+def learning_rate(config, step):
+    """Linear warm-up over warmup_iters, then a cosine down to min_lr at lr_decay_iters."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    end = config.lr_decay_iters or config.max_iters
+    at = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * at)) * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(config, model, device):
+    """AdamW, fused where the device has it; weight decay on matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{'params': matrices, 'weight_decay': config.weight_decay},
+                              {'params': others, 'weight_decay': 0.0}], lr=config.learning_rate,
+                             betas=(config.beta1, config.beta2), fused=device.split(':')[0] in ('cuda', 'cpu', 'mps'))
+
+
+def batch_of(rows, split, device):
+    """The tokenfile.Batch of these rows of the split, as tensors on the device."""
+    batch = tokenfile.make_batch(split, [i for row in rows for i in row])
+    return batch._replace(**{name: torch.from_numpy(getattr(batch, name)).to(device)
+                             for name in ('idx', 'positions', 'at', 'targets')})
+
+
+class Trainer:
+    """One run: what changes from step to step, and the things a step needs."""
+
+    def __init__(self, config, procs, opened, train_rows, val_rows, last_row):
+        self.config, self.procs, self.train_rows, self.val_rows = config, procs, train_rows, val_rows
+        self.rows_per_step, self.last_row = config.batch_size * config.gradient_accumulation_steps, last_row
+        self.model = opened.model.to(procs.device)
+        self.dtype = pick_dtype(config.dtype, procs.device)
+        self.optimizer = make_optimizer(config, self.model, procs.device)
+        self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
+        if config.compile:
+            self.model.compile()
+        saved = opened.contents
+        self.step, self.evaluated_at = saved.get('step', 0), saved.get('evaluated_at')
+        self.best, self.n_worse = saved.get('best', math.inf), saved.get('n_worse', 0)
+        self.loss_sum, self.n_tokens = saved.get('interval', (0.0, 0))  # since the last line of the log
+        self.seconds = saved.get('seconds', 0.0)  # in steps: evaluations and saving are left out
+        self.grad_norm, self.stop = 0.0, False
+        if saved:
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.scaler.load_state_dict(saved['scaler'])
+
+    @property
+    def epoch(self):
+        """How many passes over the data the steps so far make."""
+        return self.step * self.rows_per_step / self.train_rows.n_rows
+
+    def train_step(self, stop_asked):
+        """One optimizer step: the sum of the losses over all its supervised tokens, by their number."""
+        config, procs, started = self.config, self.procs, time.perf_counter()
+        start = self.step * self.rows_per_step
+        stop = min(start + self.rows_per_step, self.last_row)
+        n_tokens = self.train_rows.n_supervised(self.train_rows.slice(start, stop))  # of all processes
+        torch.manual_seed((config.seed * 1_000_003 + self.step) * 1_009 + procs.rank)
+        losses = []
+        for first in range(start + procs.rank * config.batch_size, stop, procs.world * config.batch_size):
+            rows = self.train_rows.slice(first, min(first + config.batch_size, stop))
+            with autocast(procs.device, self.dtype):
+                loss = self.model.loss(batch_of(rows, self.train_rows.split, procs.device))
+            self.scaler.scale(loss / n_tokens).backward()
+            losses.append(loss.detach())
+        self.share_gradients()
+        self.scaler.unscale_(self.optimizer)
+        if config.grad_clip:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip).item()
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(config, self.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        # All processes must learn of a signal that one of them got, and stop after the same step.
+        loss_sum, n_asked = procs.sum([sum(loss.item() for loss in losses), float(stop_asked)])
+        self.loss_sum, self.n_tokens, self.stop = self.loss_sum + loss_sum, self.n_tokens + n_tokens, n_asked > 0
+        self.seconds += time.perf_counter() - started
+
+    def share_gradients(self):
+        """Sum the gradients over the processes, in one call; a process without a row brings zeros."""
+        if self.procs.world == 1:
+            return
+        for p in self.model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self.model.parameters()]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+    @torch.no_grad()
+    def evaluate(self):
+        """val_loss: nats per supervised token of the validation set, each counting the same."""
+        config, procs, rows = self.config, self.procs, self.val_rows
+        self.model.eval()
+        loss_sum, n_tokens = 0.0, 0
+        n_batches = -(-rows.n_rows // config.batch_size)
+        for b in range(procs.rank, min(n_batches, config.eval_iters or n_batches), procs.world):
+            part = rows.slice(b * config.batch_size, min((b + 1) * config.batch_size, rows.n_rows))
+            batch = batch_of(part, rows.split, procs.device)
+            with autocast(procs.device, self.dtype):
+                loss_sum += self.model.loss(batch).item()
+            n_tokens += len(batch.targets)
+        self.model.train()
+        loss_sum, n_tokens = procs.sum([loss_sum, n_tokens])
+        return loss_sum / n_tokens
+
+    def improved(self, val_loss):
+        """Note the val_loss of this step; True where it is the best so far."""
+        if val_loss is None:
+            return False
+        better = val_loss < self.best
+        self.n_worse = 0 if better else self.n_worse + 1
+        self.best = val_loss if better else self.best
+        return better
+
+    def save(self, opened, data, val_loss, names):
+        """Write the checkpoints `names` (ckpt.pt, best.pt); the first process does."""
+        if self.procs.rank:
+            return
+        contents = checkpoint.pack(self.model, opened.tokenizer, opened.template, configurator.as_dict(self.config),
+                                   self.step, val_loss, data=data, seconds=self.seconds)
+        resume = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), best=self.best,
+                      n_worse=self.n_worse, evaluated_at=self.evaluated_at, interval=(self.loss_sum, self.n_tokens))
+        for name in names:
+            checkpoint.save(contents | (resume if name == 'ckpt.pt' else {}), os.path.join(self.config.out_dir, name))
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: the step is finished and saved; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self.ask)
+
+    def ask(self, number, frame):
+        """The signal handler."""
+        self.asked = True
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_DFL)
+
+
+def loop(trainer, opened, data, log):
+    """Steps, evaluations, lines of the log and checkpoints, until the last step or a reason to stop."""
+    config, model, request = trainer.config, trainer.model, StopRequest()
+    mark = (trainer.step, trainer.seconds, trainer.n_tokens)  # at the last line of the log
+    model.train()
+    while True:
+        step, done = trainer.step, trainer.step >= config.max_iters
+        if (step % config.eval_interval == 0 or done) and trainer.evaluated_at != step:
+            val_loss = trainer.evaluate() if trainer.val_rows else None
+            trainer.evaluated_at, better = step, trainer.improved(val_loss)
+            wanted = {'ckpt.pt': better or config.always_save_checkpoint or val_loss is None, 'best.pt': better}
+            names = [name for name, want in wanted.items() if want and (step or done)]
+            trainer.save(opened, data, val_loss, names)
+            if val_loss is not None:
+                log.evaluation(step, trainer.epoch, val_loss, trainer.seconds, better, names)
+        if done or trainer.stop or config.patience and trainer.n_worse >= config.patience:
+            break
+        trainer.train_step(request.asked)
+        step = trainer.step
+        if step % config.log_interval == 0 or step == config.max_iters:
+            seconds, n_steps = trainer.seconds - mark[1], step - mark[0]
+            log.training(step, trainer.epoch, trainer.loss_sum / trainer.n_tokens, learning_rate(config, step - 1),
+                         trainer.grad_norm, (trainer.n_tokens - mark[2]) / seconds, trainer.seconds,
+                         (config.max_iters - step) * seconds / n_steps)
+            trainer.loss_sum, trainer.n_tokens = 0.0, 0
+            mark = (step, trainer.seconds, 0)
+    if trainer.stop and not done:
+        trainer.save(opened, data, None, ['ckpt.pt'])
+        log.say(f'stopped after step {step}; go on with: python train.py --init_from=resume --out_dir={config.out_dir}')
+    else:
+        why = '' if done else f' early: {config.patience} evaluations without a better val_loss'
+        log.say(f'finished{why}. Talk to it: python sample.py --init_from=resume --out_dir={config.out_dir} --chat')
+
+
+def describe_data(rows, log):
+    """A line for the rows of a split, and one for what is left out of them."""
+    split, usable = rows.split, rows.usable
+    positions = (split.lengths[usable] - 1).sum()
+    log.say(f'{split.name}: {len(usable):,} conversations, {split.lengths[usable].sum():,} tokens, '
+            f'{split.n_supervised[usable].sum():,} supervised, in {rows.n_rows:,} rows of {rows.block_size} '
+            f'({positions / rows.n_rows / rows.block_size:.1%} full)')
+    if rows.n_too_long:
+        log.say(f'{split.name}: left out {rows.n_too_long:,} conversations longer than block_size={rows.block_size}')
+
+
+def train(config, procs):
+    """Run the configuration in this process."""
+    folders = data_folders(config)
+    opened = start_model(config, folders)
+    path = os.path.join(config.out_dir, 'ckpt.pt')
+    if os.path.exists(path) and not (config.init_from == 'resume' or config.overwrite or config.eval_only):
+        raise UserError(f'{path} is there already. Go on with it: --init_from=resume; or replace it: '
+                        '--overwrite=True; or use another --out_dir.')
+    train_rows = tokenfile.Rows(tokenfile.Split(folders, 'train', config.loss_on), config.block_size, config.seed)
+    val_split = tokenfile.Split(folders, 'val', config.loss_on)
+    val_rows = tokenfile.Rows(val_split, config.block_size) if len(val_split) else None
+    rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    last_row = config.max_iters * rows_per_step
+    if config.epochs:
+        last_row = math.ceil(config.epochs * train_rows.n_rows)
+        config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
+    trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)
+
+    log = runlog.RunLog(config, trainer.step, silent=procs.rank > 0)
+    log.say(configurator.describe(config))
+    for rows in (train_rows, val_rows):
+        if rows:
+            describe_data(rows, log)
+    if not val_rows:
+        log.say('val: empty, so there will be no val_loss and no best.pt')
+    log.say(f'{opened.description}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters, on '
+            f'{procs.device} in {str(trainer.dtype)[6:]}, {procs.world} process{"es" * (procs.world > 1)}; '
+            f'{config.max_iters:,} steps of {rows_per_step} rows are {last_row / train_rows.n_rows:.2f} epochs')
+    if config.wandb_log:
+        log.say('wandb_log is accepted and not used: the numbers are in log.csv')
+    if config.eval_only:
+        log.say(f'val_loss {trainer.evaluate():.4f}')
+        return
+    loop(trainer, opened, [tokenfile.fingerprint(folder) for folder in folders], log)
+    log.plot()
+
+
+def main(argv):
+    """The script."""
+    config = configurator.load(Config, argv)
+    if config.init_from == 'resume':  # the keys of that run are the defaults of this one
+        saved = checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['config']
+        here = {'init_from': 'resume', 'out_dir': config.out_dir}
+        config = configurator.load(Config, argv, {**saved, **here})
+    with processes(config) as procs:
+        train(config, procs)
+
+
+if __name__ == '__main__':
+    configurator.run(main)
