@@ -15,6 +15,7 @@ import torch
 
 import tokenizer as tokenizers
 from configurator import UserError
+from conversation import TEMPLATES
 from model import GPT, GPTConfig, from_transformers
 
 FORMAT_VERSION = 1
@@ -76,17 +77,29 @@ class Opened(NamedTuple):
 
 
 def from_contents(contents, description=''):
-    """The Opened model of a checkpoint's dict."""
-    model = GPT(GPTConfig(**contents['model_args']))
-    model.load_state_dict(contents['model'])
-    return Opened(model, tokenizers.from_state(contents['tokenizer']), contents['template'], description, contents)
+    """The Opened model of a checkpoint's dict; UserError where its parts do not fit together."""
+    try:
+        config, state = GPTConfig(**contents['model_args']), contents['model']
+        if sum(name.endswith('.ln_1.weight') for name in state) != config.n_layer:  # before a billion are made
+            raise ValueError('the number of layers')
+        with torch.device('meta'):
+            model = GPT(config)
+        model.load_state_dict(state, assign=True)
+        tokenizer, template = tokenizers.from_state(contents['tokenizer']), contents['template']
+        if tokenizer.vocab_size != config.vocab_size or TEMPLATES[template].tags > tokenizer.tags:
+            raise ValueError('the vocabulary')
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise UserError(f'{description} does not fit together: {type(error).__name__} {reason}') from None
+    return Opened(model, tokenizer, template, description, contents)
 
 
-def open_model(init_from, out_dir='out', which='last', vocabulary=None):
+def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
     """An Opened model: 'resume' (a checkpoint in out_dir), a hub name or a folder of transformers.
 
     which: 'last' or 'best', of the checkpoints. vocabulary: the Tokenizer to use instead of the
-    folder's or the hub model's own; the model gets a row for each of its tags that it lacks.
+    folder's or the hub model's own, which `tags` gives the six tags. The model gets rows for those
+    that it lacks.
     """
     if init_from == 'resume':
         path = os.path.join(out_dir, 'ckpt.pt')
@@ -99,6 +112,8 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None):
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
             config = json.load(file)
+        if not isinstance(config, dict):
+            raise ValueError(f'config.json holds a {type(config).__name__}')
         model = from_transformers(config, _read_weights(folder))
     except UserError as error:
         raise UserError(f'{init_from} cannot be used: {error}') from None
@@ -106,7 +121,7 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None):
         raise UserError(f"{init_from} is not a model folder in transformers' form: {error}. "
                         'Expected config.json and model.safetensors.') from None
     own = folder == init_from and any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
-    tokenizer = vocabulary or tokenizers.load(folder if own else 'gpt2', tags=False)
+    tokenizer = vocabulary or tokenizers.load(folder if own else 'gpt2', tags)
     n, pieces = model.config.vocab_size, tokenizer.tag_pieces()
     if n == tokenizer.vocab_size - len(pieces):
         model.add_tokens(pieces) if pieces else None

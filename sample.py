@@ -16,7 +16,6 @@ import torch
 import checkpoint
 import configurator
 import conversation
-import tokenizer as tokenizers
 from configurator import UserError
 from conversation import Turn
 from model import generate, pick_device, pick_dtype
@@ -176,8 +175,7 @@ def main(argv):
     config = configurator.load(Config, argv)
     device = pick_device(config.device)
     dtype = torch.float32 if config.dtype == 'auto' and 'cuda' not in device else pick_dtype(config.dtype, device)
-    tags = tokenizers.load('gpt2') if config.template == 'xml' and config.init_from != 'resume' else None
-    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, vocabulary=tags)
+    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, tags=config.template == 'xml')
     opened.model.to(device, dtype).eval()
     template = config.template or opened.template
     if not template and not config.start:

@@ -321,23 +321,26 @@ class Trainer:
 class StopRequest:
     """Ctrl-C or SIGTERM: the step is finished and saved; a second one stops at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask)
+        self.before = {name: signal.signal(name, self.ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def ask(self, number, frame):
         """The signal handler."""
         self.asked = True
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_DFL)
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
 
-def loop(trainer, opened, data, log):
+def loop(trainer, opened, data, log, request):
     """Steps, evaluations, lines of the log and checkpoints, until the last step or a reason to stop."""
-    config, model, request = trainer.config, trainer.model, StopRequest()
+    config = trainer.config
     mark = (trainer.step, trainer.seconds, trainer.n_tokens)  # at the last line of the log
-    model.train()
+    trainer.model.train()
     while True:
         step, done = trainer.step, trainer.step >= config.max_iters
         if (step % config.eval_interval == 0 or done) and trainer.evaluated_at != step:
@@ -411,7 +414,8 @@ def train(config, procs):
     if config.eval_only:
         log.say(f'val_loss {trainer.evaluate():.4f}')
         return
-    loop(trainer, opened, [tokenfile.fingerprint(folder) for folder in folders], log)
+    with StopRequest() as request:
+        loop(trainer, opened, [tokenfile.fingerprint(folder) for folder in folders], log, request)
     log.plot()
 
 
