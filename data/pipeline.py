@@ -6,6 +6,7 @@ repeated units, writes the token files and prints the table.
 """
 import gzip
 import hashlib
+import json
 import os
 import sys
 from collections import Counter, deque
@@ -76,6 +77,21 @@ def read_blocks(path):
         raise UserError(f'{path} not found. --input takes a .jsonl or .jsonl.gz file.') from None
     except (OSError, EOFError) as error:
         raise UserError(f'{path} cannot be read to its end: {error}. Nothing was written.') from None
+
+
+def parse_lines(number, block):
+    """(line number, object or None, what is wrong) for each line of a block that is not blank."""
+    for i, line in enumerate(block.split(b'\n'), number):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode('utf-8-sig'))
+            problem = '' if isinstance(record, dict) else f'found a {type(record).__name__}, expected an object'
+        except UnicodeDecodeError:
+            problem = 'not UTF-8'
+        except (ValueError, RecursionError) as error:
+            problem = f'not JSON ({str(error)[:60]})'
+        yield (i, None, problem) if problem else (i, record, '')
 
 
 def split_by_hash(seed, **fractions):

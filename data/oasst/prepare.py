@@ -220,24 +220,9 @@ def unit_of_tree(key, messages, config):
     return Unit(key, len(paths) + sum(dropped.values()), conversations, dropped, counts)
 
 
-def parse_lines(number, block):
-    """(line number, object or None, what is wrong) for each line of a block that is not blank."""
-    for i, line in enumerate(block.split(b'\n'), number):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode('utf-8'))
-            problem = '' if isinstance(record, dict) else f'found a {type(record).__name__}, expected an object'
-        except UnicodeDecodeError:
-            problem = 'not UTF-8'
-        except (ValueError, RecursionError) as error:
-            problem = f'not JSON ({str(error)[:60]})'
-        yield (i, None, problem) if problem else (i, record, '')
-
-
 def units_of_tree_lines(config, block):
     """The Units of a block of lines in the form of message trees."""
-    for number, record, problem in parse_lines(*block):
+    for number, record, problem in pipeline.parse_lines(*block):
         try:
             if problem:
                 raise Broken(problem)
@@ -263,7 +248,7 @@ def trees_of_messages(blocks, config):
     """
     roots, replies, broken, ids, n_repeated = [], {}, [], set(), 0
     for block in blocks:
-        for number, record, problem in parse_lines(*block):
+        for number, record, problem in pipeline.parse_lines(*block):
             try:
                 if problem:
                     raise Broken(problem)
@@ -300,7 +285,7 @@ def given_units(units):
 def is_flat(path):
     """Whether the file holds flat messages; told by its first line that is an object."""
     for block in pipeline.read_blocks(path):
-        for _, record, problem in parse_lines(*block):
+        for _, record, problem in pipeline.parse_lines(*block):
             if not problem:
                 if 'prompt' not in record and 'message_id' not in record:
                     raise UserError(f'{path} holds objects with the keys {", ".join(list(record)[:6])}; expected '
