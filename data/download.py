@@ -16,7 +16,10 @@ HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')  # a m
 
 
 def download(url, path, n_bytes, sha256):
-    """Make sure that `path` holds the file at `url` with this size and hash; returns path."""
+    """Make sure that `path` holds the file at `url` with this size and hash; returns path.
+
+    n_bytes is None where a file's page gives its hash and no exact size: the hash alone decides.
+    """
     if os.path.exists(path):
         _verify(path, path, url, n_bytes, sha256)
         return path
@@ -49,11 +52,11 @@ def _by_hand(url, path, problem):
 
 
 def _fetch(url, part, n_bytes):
-    """One attempt to bring `part` to n_bytes, going on from where it stands."""
+    """One attempt to bring `part` to n_bytes, or the size the server gives, from where it stands."""
     have = os.path.getsize(part) if os.path.exists(part) else 0
     if have == n_bytes:
         return
-    if have > n_bytes:
+    if n_bytes is not None and have > n_bytes:
         os.remove(part)
         have = 0
     headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
@@ -66,8 +69,12 @@ def _fetch(url, part, n_bytes):
                 not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
             have = 0  # no ranges here: from the start
         size = response.headers.get('Content-Length')
-        if size and size.isdigit() and have + int(size) != n_bytes:
-            raise UserError(f'{url} is {have + int(size):,} bytes there, expected {n_bytes:,}: not the '
+        size = have + int(size) if size and size.isdigit() else n_bytes
+        if size is None:
+            raise UserError(_by_hand(url, part[:-5], 'the server does not say how long it is'))
+        n_bytes = size if n_bytes is None else n_bytes
+        if size != n_bytes:
+            raise UserError(f'{url} is {size:,} bytes there, expected {n_bytes:,}: not the '
                             'pinned file, so nothing was downloaded.')
         bar = sys.stderr.isatty()
         with open(part, 'r+b' if have else 'wb') as file:
@@ -91,13 +98,13 @@ def _verify(part, path, url, n_bytes, sha256):
     """UserError, and no such .part any more, where size or hash are not the pinned ones."""
     found = os.path.getsize(part)
     digest = hashlib.sha256()
-    if found == n_bytes:
+    if n_bytes in (None, found):
         with open(part, 'rb') as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() == sha256:
             return
-    what = f'{found:,} bytes, expected {n_bytes:,}' if found != n_bytes else \
+    what = f'{found:,} bytes, expected {n_bytes:,}' if n_bytes not in (None, found) else \
         f'sha256 {digest.hexdigest()}, expected {sha256}'
     if part != path:
         os.remove(part)
