@@ -6,6 +6,7 @@ A checkpoint is one dict of plain types and tensors, read with weights_only=True
 run code. out_dir/ckpt.pt is the last one, with all that resuming needs; out_dir/best.pt the one
 with the lowest val_loss, without the optimizer.
 """
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -22,6 +23,8 @@ FORMAT_VERSION = 1
 KEYS = ('format_version', 'model', 'model_args', 'template', 'tokenizer', 'config', 'step', 'val_loss')
 HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2', 'microsoft/DialoGPT-small',
              'microsoft/DialoGPT-medium', 'microsoft/DialoGPT-large')
+
+WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 
 
 def pack(model, tokenizer, template, config, step, val_loss, **more):
@@ -133,14 +136,14 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
 
 def _read_weights(folder):
     """{name: tensor} of model.safetensors or pytorch_model.bin; no pickled code is run."""
-    path = os.path.join(folder, 'model.safetensors')
+    path = os.path.join(folder, WEIGHT_FILES[0])
     if os.path.exists(path):
         import safetensors.torch
         try:
             return safetensors.torch.load_file(path)
         except Exception as error:  # SafetensorError, or whatever a damaged header leads to
             raise UserError(f'model.safetensors is damaged: {error}.') from None
-    path = os.path.join(folder, 'pytorch_model.bin')
+    path = os.path.join(folder, WEIGHT_FILES[1])
     if not os.path.exists(path):
         raise UserError('it holds neither model.safetensors nor pytorch_model.bin.')
     try:
@@ -154,17 +157,34 @@ def _from_hub(name):
     if name not in HUB_NAMES:
         raise UserError(f'init_from={name!r} is neither a folder nor a model that is known here. '
                         f'Expected scratch, resume, a folder, or one of {", ".join(HUB_NAMES)}.')
-    import huggingface_hub  # comes with transformers
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')  # no requests but for the files themselves
+    import huggingface_hub as hub  # comes with transformers
+    cached = {file: hub.try_to_load_from_cache(name, file) for file in ('config.json', *WEIGHT_FILES)}
+    cached = {file: path for file, path in cached.items() if isinstance(path, str)}
+    if 'config.json' in cached and len(cached) > 1:
+        return os.path.dirname(cached['config.json'])
     try:
-        names = ('config.json', 'model.safetensors', 'pytorch_model.bin')
-        config = huggingface_hub.hf_hub_download(name, 'config.json')
-        for weights in names[1:]:
-            try:
-                huggingface_hub.hf_hub_download(name, weights)
-                break
-            except huggingface_hub.errors.EntryNotFoundError:
-                continue
+        try:
+            _download(hub, name, WEIGHT_FILES[0])
+        except hub.errors.EntryNotFoundError:
+            _download(hub, name, WEIGHT_FILES[1])
+        return os.path.dirname(_download(hub, name, 'config.json'))
+    except UserError:
+        raise
     except Exception as error:  # whatever the hub's client or the network raises
         raise UserError(f'{name} is not in the cache and could not be downloaded ({type(error).__name__}). '
                         'Connect once, or download its files elsewhere and use --init_from=FOLDER.') from None
-    return os.path.dirname(config)
+
+
+def _download(hub, name, file):
+    """The path of a hub model's file, now in the cache; a large one is checked by its sha256."""
+    path = hub.hf_hub_download(name, file)
+    blob = os.path.realpath(path)  # large files are kept under the hash that the hub announced
+    if len(os.path.basename(blob)) == 64:
+        with open(blob, 'rb') as opened:
+            digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+        if digest != os.path.basename(blob):
+            os.remove(blob)
+            raise UserError(f'{name}: {file} arrived with sha256 {digest}, expected {os.path.basename(blob)}; it was '
+                            'deleted. Try again.')
+    return path
