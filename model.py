@@ -185,62 +185,98 @@ class DocumentAttention:
 
 
 class KVCache:
-    """Keys and values (n_layer, B, n_head, n_positions, C / n_head) of B texts of equal length."""
+    """Keys and values (n_layer, B, n_head, n_positions, C / n_head) of B texts of any lengths."""
 
     def __init__(self, model, B, n_positions):
-        c = model.config
-        weight = model.transformer.h[0].attn.c_attn.weight
-        self.k = weight.new_zeros(c.n_layer, B, c.n_head, n_positions, c.n_embd // c.n_head)
+        c, wte = model.config, model.transformer.wte.weight
+        self.k = wte.new_zeros(c.n_layer, B, c.n_head, n_positions, c.n_embd // c.n_head)
         self.v = torch.zeros_like(self.k)
-        self.length = 0  # how many positions are filled
+        self.lengths = [0] * B  # how many positions of each text are filled
+        self.mask = None  # (B, 1, 1, n) bool, which of them each text may see, where they differ
 
     def __call__(self, layer, qkv):
         """qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
         _, B, n_head, _, size = self.k.shape
         q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)  # each (B, n_head, t, size)
-        end = self.length + q.shape[2]
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        # Causal attention starts from an empty cache alone; one new position may see all before it.
-        assert self.length == 0 or q.shape[2] == 1
-        y = F.scaled_dot_product_attention(q, self.k[layer, :, :, :end], self.v[layer, :, :, :end],
-                                           is_causal=self.length == 0)
+        keys, values, end = self.k[layer], self.v[layer], max(self.lengths) + q.shape[2]
+        if self.mask is None:
+            keys[:, :, self.lengths[0]:end], values[:, :, self.lengths[0]:end] = k, v
+        else:
+            rows, at = self.at
+            keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
+        y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], self.mask, is_causal=q.shape[2] > 1)
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
     def step(self, model, idx):
-        """Feed idx (B, t), the next tokens of each text -> logits (B, vocab_size) after the last."""
+        """Feed idx (B, t), the next tokens of each text -> logits (B, vocab_size) after the last.
+
+        t > 1 only where nothing is filled yet: causal attention of several new positions starts there.
+        """
         B, t = idx.shape
-        positions = torch.arange(self.length, self.length + t, device=idx.device).repeat(B)
+        assert t == 1 or not any(self.lengths), (t, self.lengths)
+        lengths, end = torch.tensor(self.lengths, device=idx.device), max(self.lengths) + t
+        self.mask = None
+        if len(set(self.lengths)) > 1:  # a text must not see the unfilled positions behind its end
+            self.at = torch.arange(B, device=idx.device), lengths
+            self.mask = (torch.arange(end, device=idx.device) <= lengths[:, None])[:, None, None]
+        positions = (lengths[:, None] + torch.arange(t, device=idx.device)).reshape(-1)
         x = model.body(idx.reshape(-1), positions, self).view(B, t, -1)
-        self.length += t
+        self.lengths = [length + t for length in self.lengths]
         return model.head(x[:, -1])
 
+    def read(self, model, prompts):
+        """Fill the empty cache with the prompts, a list of B lists of ids -> logits (B, vocab_size)."""
+        logits = [None] * len(prompts)
+        for length in sorted({len(prompt) for prompt in prompts}):
+            rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            part = KVCache(model, len(rows), length)
+            found = part.step(model, torch.tensor([prompts[i] for i in rows], device=self.k.device))
+            self.k[:, rows, :, :length], self.v[:, rows, :, :length] = part.k, part.v
+            for i, row in zip(rows, found):
+                logits[i] = row
+        self.lengths = [len(prompt) for prompt in prompts]
+        return torch.stack(logits)
+
     def repeat(self, n):
-        """The same text n times: a prefill shared by n samples."""
+        """Each text n times: a prefill shared by n samples."""
         self.k, self.v = (x.repeat_interleave(n, dim=1) for x in (self.k, self.v))
+        self.lengths = [length for length in self.lengths for _ in range(n)]
+
+    def keep(self, rows):
+        """Only these texts, a list of row numbers."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.lengths = [self.lengths[row] for row in rows]
 
 
 @torch.inference_mode()
-def generate(model, prompt, max_new_tokens, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Yield the next tokens (B num_samples,) int64 of prompt (B, t) int64, one step after another.
+def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, seed=0, stops=()):
+    """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
 
-    The prompts are of equal length; each is read once for all of its samples. Ends after
-    max_new_tokens, or when the window is full: learned positions cannot be moved on. Close the
-    generator to stop before. temperature=0 is greedy.
+    prompts: lists of ids, of any lengths; each is read once for all of its samples. In a step's list
+    stands None for an answer that has ended: with a token of `stops` the step before, or because its
+    window is full, since learned positions cannot be moved on. The generator ends when all have, or
+    after max_new_tokens. temperature=0 is greedy.
     """
-    B, t = prompt.shape
-    assert 0 < t <= model.config.block_size, (t, model.config.block_size)
-    n_steps = min(max_new_tokens, model.config.block_size - t + 1)
+    window = model.config.block_size
+    assert all(0 < len(prompt) <= window for prompt in prompts), [len(prompt) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
-    cache = KVCache(model, B, t + n_steps - 1)
-    logits = cache.step(model, prompt)
-    if num_samples > 1:
-        cache.repeat(num_samples)
-        logits = logits.repeat_interleave(num_samples, dim=0)
-    for step in range(n_steps):
+    cache = KVCache(model, len(prompts), min(window, max(map(len, prompts)) + max_new_tokens - 1))
+    logits = cache.read(model, prompts).repeat_interleave(num_samples, dim=0)
+    cache.repeat(num_samples)
+    rows = list(range(len(logits)))  # which answer each row of the cache belongs to
+    for step in range(max_new_tokens):
         idx = choose(logits.float(), temperature, top_k, top_p, generator)
-        yield idx
-        if step < n_steps - 1:
-            logits = cache.step(model, idx[:, None])
+        tokens, found = idx.tolist(), [None] * (len(prompts) * num_samples)
+        for row, token in zip(rows, tokens):
+            found[row] = token
+        yield found
+        going_on = [i for i, token in enumerate(tokens) if token not in stops and cache.lengths[i] < window]
+        if not going_on or step == max_new_tokens - 1:
+            return
+        if len(going_on) < len(rows):
+            cache.keep(going_on)
+            rows, idx = [rows[i] for i in going_on], idx[going_on]
+        logits = cache.step(model, idx[:, None])
 
 
 def choose(logits, temperature, top_k, top_p, generator):

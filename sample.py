@@ -68,19 +68,13 @@ def answers(opened, prompt, stops, config, seed, show=None):
     show(ids): called with the new ids of a single answer as they come.
     """
     found = [[] for _ in range(config.num_samples)]
-    open_ones = set(range(config.num_samples))
-    idx = torch.tensor([prompt], device=opened.model.device)
-    for tokens in generate(opened.model, idx, config.max_new_tokens, config.num_samples, config.temperature,
-                           config.top_k, config.top_p, seed):
-        for i, token in enumerate(tokens.tolist()):
-            if i in open_ones and token in stops:
-                open_ones.discard(i)
-            elif i in open_ones:
-                found[i].append(token)
+    for tokens in generate(opened.model, [prompt], config.max_new_tokens, config.num_samples, config.temperature,
+                           config.top_k, config.top_p, seed, stops):
+        for answer, token in zip(found, tokens):
+            if token is not None and token not in stops:
+                answer.append(token)
                 if show:
                     show([token])
-        if not open_ones:
-            break
     return found
 
 

@@ -210,36 +210,56 @@ def test_dropout_is_used_in_training_and_nowhere_else():
 # ---- decoding ----
 
 def greedy_without_cache(model, prompt, n):
-    idx = prompt
-    for _ in range(n):
-        idx = torch.cat([idx, model(idx)[:, -1].argmax(-1, keepdim=True)], 1)
-    return idx[:, prompt.shape[1]:]
+    """The next n tokens after a list of ids, each by a forward pass over all before it."""
+    idx = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(n):
+            idx = torch.cat([idx, model(idx)[:, -1].argmax(-1, keepdim=True)], 1)
+    return idx[0, len(prompt):].tolist()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize('t', [1, 7, 47, 48])
-def test_cached_greedy_decoding_equals_uncached_to_the_end_of_the_window(t):
-    model = tiny()
-    prompt = torch.randint(TINY['vocab_size'], (3, t))
-    room = TINY['block_size'] - t + 1  # the token predicted at the last position included
-    found = torch.stack(list(generate(model, prompt, 1000, temperature=0)), 1)
-    assert found.shape == (3, room)
-    assert torch.equal(found, greedy_without_cache(model, prompt, room))
+def prompts_of(*lengths):
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, TINY['vocab_size'], n).tolist() for n in lengths]
+
+
+def whole(steps):
+    """The answers that generate's steps spell, without the None after their ends."""
+    return [[token for token in answer if token is not None] for answer in zip(*steps)]
+
+
+@pytest.mark.parametrize('lengths', [(1, 1), (7,), (47,), (48, 48), (3, 48, 3, 20), (46, 1)])
+def test_cached_greedy_decoding_equals_uncached_to_the_end_of_the_window(lengths):
+    """Prompts of different lengths too, in one batch: each answer is what it would be alone."""
+    model, prompts = tiny(), prompts_of(*lengths)
+    found = whole(generate(model, prompts, 1000, temperature=0))
+    for prompt, answer in zip(prompts, found):
+        room = TINY['block_size'] - len(prompt) + 1  # the token predicted at the last position included
+        assert answer == greedy_without_cache(model, prompt, room)
+
+
+def test_an_answer_ends_with_its_stop_and_the_others_go_on():
+    model, prompts = tiny(), prompts_of(5, 9, 2)
+    alone = [greedy_without_cache(model, prompt, 20) for prompt in prompts]
+    stops = {alone[0][3], alone[1][11]}
+    for answer, expected in zip(whole(generate(model, prompts, 20, temperature=0, stops=stops)), alone):
+        ends = [i for i, token in enumerate(expected) if token in stops]
+        assert answer == expected[:ends[0] + 1 if ends else 20]
 
 
 def test_samples_share_one_prefill_and_the_seed_decides():
-    model, prompt = tiny(), torch.randint(TINY['vocab_size'], (2, 6))
-    draw = lambda seed, n=4: torch.stack(list(generate(model, prompt, 9, n, 1.0, seed=seed)), 1)
+    model, prompts = tiny(), prompts_of(6, 3)
+    draw = lambda seed: whole(generate(model, prompts, 9, 4, 1.0, seed=seed))
     first = draw(1)
-    assert first.shape == (8, 9) and torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
-    assert len({tuple(row) for row in first.tolist()}) == 8
-    greedy = torch.stack(list(generate(model, prompt, 9, 4, 0.0)), 1)
-    assert torch.equal(greedy, greedy_without_cache(model, prompt, 9).repeat_interleave(4, 0))
+    assert [len(answer) for answer in first] == [9] * 8 and first == draw(1) != draw(2)
+    assert len({tuple(answer) for answer in first}) == 8
+    greedy = whole(generate(model, prompts, 9, 4, 0.0))
+    assert greedy == [answer for prompt in prompts for answer in [greedy_without_cache(model, prompt, 9)] * 4]
 
 
 def test_sampling_moves_no_global_random_state():
     model, before = tiny(), torch.get_rng_state()
-    list(generate(model, torch.zeros(1, 2, dtype=torch.int64), 5))
+    list(generate(model, [[1, 2]], 5))
     assert torch.equal(torch.get_rng_state(), before)
 
 

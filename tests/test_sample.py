@@ -34,11 +34,16 @@ def scripted(monkeypatch):
     """
     bpe, prompts, scripts = Tokenizer('bytes', TOKENS, tags=True), [], []
 
-    def generate(model, idx, max_new_tokens, num_samples, *_):
-        prompts.append(idx[0].tolist())
+    def generate(model, given, max_new_tokens, num_samples, temperature, top_k, top_p, seed, stops):
+        prompts.append(given[0])
         rows = [bpe.encode_with_tags(text).tolist() for text in scripts.pop(0)]
+        ended = [False] * len(rows)
         for step in range(max_new_tokens):
-            yield torch.tensor([row[min(step, len(row) - 1)] for row in rows])
+            tokens = [None if over else row[min(step, len(row) - 1)] for row, over in zip(rows, ended)]
+            yield tokens
+            ended = [over or token in stops for over, token in zip(ended, tokens)]
+            if all(ended):
+                return
     monkeypatch.setattr(sample, 'generate', generate)
     return scripts, prompts, bpe
 
