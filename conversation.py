@@ -61,6 +61,12 @@ def _plain(turn):
     return [(' ' + turn.text, turn.supervised), _special(END_OF_TEXT, turn.supervised)]
 
 
+def _question(turn):
+    if turn.role == 'user':
+        return [(f'Question: {turn.text}\nAnswer:', False)]
+    return [(' ' + turn.text, turn.supervised), _special(END_OF_TEXT, turn.supervised)]
+
+
 _TASK = 'Below is an instruction that describes a task'
 _WITH_INPUT = ', paired with an input that provides further context'
 _REQUEST = '. Write a response that appropriately completes the request.'
@@ -85,6 +91,7 @@ TEMPLATES = {
                     ('</assistant>', END_OF_TEXT), tags=True),
     'alpaca': Template([], _alpaca, [], (END_OF_TEXT,), tags=False),
     'plain': Template([], _plain, [], (END_OF_TEXT,), tags=False),
+    'question': Template([], _question, [], (END_OF_TEXT,), tags=False),  # for models that were never tuned
     'dialogpt': Template([], _dialogpt, [], (END_OF_TEXT,), tags=False),
 }
 
@@ -146,7 +153,7 @@ def answer_text(ids, tokenizer, template='xml'):
     """The message in the ids that a model wrote after `prompt`, up to the first that ends it."""
     stops = stop_ids(tokenizer, template)
     text = tokenizer.decode(list(takewhile(lambda i: i not in stops, ids)))
-    return text.removeprefix(' ') if template == 'plain' else text
+    return text.removeprefix(' ') if template in ('plain', 'question') else text
 
 
 def decode(ids, mask, tokenizer, template='xml'):
@@ -185,9 +192,12 @@ def _decode_exchanges(ids, mask, tokenizer, template):
         if template == 'dialogpt':
             role = ROLES[len(turns) % 2]
             turns.append(Turn(role, _text(message, tokenizer), supervised=role == 'user' or mask[i]))
-        elif template == 'plain':
+        elif template in ('plain', 'question'):  # only the mask says where the answer begins
             cut = (mask[start:i + 1] + [True]).index(True)
-            turns += [Turn('user', _text(message[:cut], tokenizer)),
+            request = _text(message[:cut], tokenizer)
+            if template == 'question':
+                request = request.removeprefix('Question: ').removesuffix('\nAnswer:')
+            turns += [Turn('user', request),
                       Turn('assistant', _text(message[cut:], tokenizer)[1:], supervised=mask[i])]
         else:
             request, _, answer = _text(message, tokenizer).partition(_RESPONSE)
