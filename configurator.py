@@ -30,6 +30,7 @@ class UserError(Exception):
 
 def run(main):
     """Call main(sys.argv[1:]) as a script: a UserError is printed without a traceback and exits 2."""
+    sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that lacks a character is no reason to stop
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -47,24 +48,26 @@ def load(keys, argv, defaults=None):
     """The configuration that argv asks for, as an instance of the frozen dataclass `keys`.
 
     argv holds config files and --key=value flags in any order. defaults: {key: value} that come
-    before argv and after those of the class; keys that the class has no more are passed over. All mistakes are collected and
-    raised as one UserError, a line each. --help prints every key and exits.
+    before argv and after those of the class; keys that the class has no more are passed over.
+    All mistakes are collected and raised as one UserError, a line each. --help prints every key
+    and exits.
     """
     if '--help' in argv or '-h' in argv:
-        print(help_text(keys))
+        print(help_text(keys), flush=True)
         sys.exit(0)
     types = {field.name: field.type for field in dataclasses.fields(keys)}
     values = {field.name: (defaults or {}).get(field.name, field.default) for field in dataclasses.fields(keys)}
-    mistakes = []
+    mistakes, unread = [], set()
 
     def assign(name, read, where):
         if name not in types:
-            mistakes.append(f'unknown key {name!r} in {where}.{_suggestion(name, types)}')
+            mistakes.append(f'unknown key {name!r} {where}.{_suggestion(name, types)}')
             return
         try:
             values[name] = read(types[name])
         except ValueError as error:
-            mistakes.append(f'{name} in {where}: {error}')
+            mistakes.append(f'{name} {where}: {error}')
+            unread.add(name)
 
     for argument in argv:
         if not argument.startswith('--'):
@@ -77,10 +80,11 @@ def load(keys, argv, defaults=None):
                             f'unknown key {name!r} on the command line.{_suggestion(name, types)}')
             continue
         text = text if equals else 'True'
-        assign(name, lambda kind: _from_text(text, kind, values), 'the command line')
-    if not mistakes:
-        config = keys(**values)
-        mistakes = list(getattr(config, 'problems', list)())
+        assign(name, lambda kind: _from_text(text, kind, values), 'on the command line')
+    config = keys(**values)
+    # What rests on a value that could not be read would be a false alarm.
+    mistakes += [problem for problem in getattr(config, 'problems', list)()
+                 if not unread & set(re.findall(r'\w+', problem))]
     if mistakes:
         raise UserError('\n'.join(mistakes))
     return config
@@ -94,13 +98,13 @@ def _read_file(name, values, assign, mistakes):
                         'the config files are in config/.')
         return
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:
             statements = ast.parse(file.read(), path).body
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = getattr(error, 'lineno', None)
         at = f' line {line}' if line else ''
         mistakes.append(f'{name}{at} is not a config file of lines "key = value": '
-                        f'{getattr(error, "msg", None) or error}')
+                        f'{getattr(error, "msg", None) or str(error) or "nested too deeply"}')
         return
     for statement in statements:
         where = f'{name} line {statement.lineno}'
@@ -108,10 +112,9 @@ def _read_file(name, values, assign, mistakes):
             case ast.Expr(value=ast.Constant(value=str())):
                 pass  # the docstring
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
-                assign(key, lambda kind: _checked(_evaluate(node, values), kind), where)
+                assign(key, lambda kind: _value(node, kind, values), f'in {where}')
             case _:
-                found = ast.unparse(statement).split('\n')[0][:60]
-                mistakes.append(f'{where}: found {found!r}, expected key = value. '
+                mistakes.append(f'{where}: found {_source(statement)!r}, expected key = value. '
                                 'A config file is read, never executed.')
 
 
@@ -120,26 +123,45 @@ def _from_text(text, kind, values):
     if kind is bool and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     try:
-        value = _evaluate(ast.parse(text.strip(), mode='eval').body, values)
-        return _checked(value, kind)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        node = ast.parse(text.strip(), mode='eval').body
+        if isinstance(node, ast.Name) and (kind is str or node.id not in values):
+            raise SyntaxError  # a word, even where it is a key's name too: --user=seed asks for "seed"
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         if kind is str:
             return text
-        if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-            raise
-        raise ValueError(f'found {text!r}, expected {_EXPECTED[kind]}') from None
+        raise ValueError(f'found {text[:60]!r}, expected {_EXPECTED[kind]}') from None
+    try:
+        return _value(node, kind, values)
+    except ValueError:
+        if kind is str:
+            return text
+        raise
 
 
 _EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: "text in quotes"}
 
 
-def _checked(value, kind):
-    """The value, if it is of the key's type (an int is fine for a float); ValueError otherwise."""
-    if kind is float and type(value) is int:
+def _value(node, kind, values):
+    """What the node stands for, if it is of the key's type (an int is fine for a float); else ValueError."""
+    try:
+        value = _evaluate(node, values)
+    except RecursionError:
+        raise ValueError('nested too deeply') from None
+    if type(value) is int and abs(value) >= _LARGEST:
+        raise ValueError(f'{_source(node)!r} is too large')
+    if type(value) is int and kind is float:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f'found {value!r}, expected {_EXPECTED[kind]}')
+        raise ValueError(f'found {_source(node)}, expected {_EXPECTED[kind]}')
     return value
+
+
+def _source(node):
+    """The node as source text, in short."""
+    try:
+        return ast.unparse(node).split('\n')[0][:60]
+    except RecursionError:
+        return '…'
 
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -160,20 +182,22 @@ def _evaluate(node, values):
         case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
             operands = [_evaluate(left, values), _evaluate(right, values)]
             if isinstance(op, ast.Add) and all(isinstance(x, str) for x in operands):
-                return ''.join(operands)
+                if len(operands[0]) + len(operands[1]) > 10_000:
+                    raise ValueError(f'{_source(node)!r} is too long')
+                return operands[0] + operands[1]
         case _:
-            raise ValueError(f'found {ast.unparse(node)[:60]!r}, expected a literal or arithmetic on '
+            raise ValueError(f'found {_source(node)!r}, expected a literal or arithmetic on '
                              'literals and earlier keys (nothing in a config is executed)')
     if not all(type(x) in (int, float) and abs(x) <= _LARGEST for x in operands):
-        raise ValueError(f'cannot compute {ast.unparse(node)[:60]!r}')
+        raise ValueError(f'cannot compute {_source(node)!r}')
     if isinstance(op, ast.Pow) and abs(operands[1]) > 64:
-        raise ValueError(f'the exponent in {ast.unparse(node)[:60]!r} is too large')
+        raise ValueError(f'the exponent in {_source(node)!r} is too large')
     try:
         result = _OPERATORS[type(op)](*operands)
     except ArithmeticError as error:
-        raise ValueError(f'cannot compute {ast.unparse(node)[:60]!r}: {error}') from None
+        raise ValueError(f'cannot compute {_source(node)!r}: {error}') from None
     if type(result) not in (int, float) or abs(result) > _LARGEST:
-        raise ValueError(f'{ast.unparse(node)[:60]!r} is too large')
+        raise ValueError(f'{_source(node)!r} is too large, or no real number')
     return result
 
 
