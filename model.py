@@ -108,13 +108,15 @@ class GPT(nn.Module):
         return self.head(self.body(idx.reshape(-1), positions, attend)).view(B, T, -1)
 
     def loss(self, batch):
-        """Summed cross-entropy in nats over the supervised tokens of a tokenfile.Batch of tensors.
+        """Summed cross-entropy in nats over the supervised tokens of a tokenfile.Batch.
 
         Sum, not mean: the caller divides once per optimizer step, by the tokens of all micro-batches
         and processes, so that each supervised token counts the same. Logits exist only for those.
         """
-        x = self.body(batch.idx, batch.positions, DocumentAttention(batch.runs, self.config.n_head))
-        return F.cross_entropy(self.head(x[batch.at]).float(), batch.targets, reduction='sum')
+        idx, positions, at, targets = (torch.as_tensor(part, device=self.device) for part in
+                                       (batch.idx, batch.positions, batch.at, batch.targets))
+        x = self.body(idx, positions, DocumentAttention(batch.runs, self.config.n_head))
+        return F.cross_entropy(self.head(x[at]).float(), targets, reduction='sum')
 
     def compile(self):
         """torch.compile the two halves of a layer: all layers share one compiled pair."""

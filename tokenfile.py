@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError
+from configurator import REPOSITORY, UserError
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
@@ -90,6 +90,13 @@ class Writer:
 def _flush(file):
     file.flush()
     os.fsync(file.fileno())
+
+
+def find_folders(dataset, data_dir):
+    """The folders of data sets, names with commas between: in data_dir, seen from here or else from this file."""
+    bases = (data_dir, os.path.join(REPOSITORY, data_dir))
+    return [next((path for path in (os.path.join(base, name.strip()) for base in bases) if os.path.isdir(path)),
+                 os.path.join(data_dir, name.strip())) for name in dataset.split(',')]
 
 
 def read_meta(folder):
@@ -257,6 +264,16 @@ class Rows:
     def slice(self, start, stop):
         """The conversations of rows start to stop, counted through all epochs: one list a row."""
         return [self.epoch(i // self.n_rows)[i % self.n_rows] for i in range(start, stop)]
+
+    def batches(self, batch_size, first=0, every=1, limit=0):
+        """The Batches of the first epoch, batch_size rows each: number `first`, then each `every`th.
+
+        limit: of all that there are, only so many come; 0 all.
+        """
+        n = -(-self.n_rows // batch_size)
+        for b in range(first, min(n, limit or n), every):
+            rows = self.slice(b * batch_size, min((b + 1) * batch_size, self.n_rows))
+            yield make_batch(self.split, [i for row in rows for i in row])
 
     def n_supervised(self, rows):
         """How many supervised tokens are in these rows."""

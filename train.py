@@ -23,7 +23,7 @@ import configurator
 import runlog
 import tokenfile
 import tokenizer as tokenizers
-from configurator import REPOSITORY, UserError
+from configurator import UserError
 from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
 
 
@@ -140,14 +140,6 @@ def processes(config):
         dist.destroy_process_group()
 
 
-def data_folders(config):
-    """The folders of the data sets; each is looked for from here, then beside this file."""
-    bases = (config.data_dir, os.path.join(REPOSITORY, config.data_dir))
-    names = [name.strip() for name in config.dataset.split(',')]
-    return [next((p for p in (os.path.join(base, name) for base in bases) if os.path.isdir(p)),
-                 os.path.join(bases[0], name)) for name in names]
-
-
 def start_model(config, folders):
     """The Opened model to train, checked against the data it is to be trained on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
@@ -204,13 +196,6 @@ def make_optimizer(config, model, device):
                              betas=(config.beta1, config.beta2), fused=device.split(':')[0] in ('cuda', 'cpu', 'mps'))
 
 
-def batch_of(rows, split, device):
-    """The tokenfile.Batch of these rows of the split, as tensors on the device."""
-    batch = tokenfile.make_batch(split, [i for row in rows for i in row])
-    return batch._replace(**{name: torch.from_numpy(getattr(batch, name)).to(device)
-                             for name in ('idx', 'positions', 'at', 'targets')})
-
-
 class Trainer:
     """One run: what changes from step to step, and the things a step needs."""
 
@@ -249,7 +234,7 @@ class Trainer:
         for first in range(start + procs.rank * config.batch_size, stop, procs.world * config.batch_size):
             rows = self.train_rows.slice(first, min(first + config.batch_size, stop))
             with autocast(procs.device, self.dtype):
-                loss = self.model.loss(batch_of(rows, self.train_rows.split, procs.device))
+                loss = self.model.loss(tokenfile.make_batch(self.train_rows.split, [i for row in rows for i in row]))
             self.scaler.scale(loss / n_tokens).backward()
             losses.append(loss.detach())
         self.share_gradients()
@@ -286,10 +271,7 @@ class Trainer:
         config, procs, rows = self.config, self.procs, self.val_rows
         self.model.eval()
         loss_sum, n_tokens = 0.0, 0
-        n_batches = -(-rows.n_rows // config.batch_size)
-        for b in range(procs.rank, min(n_batches, config.eval_iters or n_batches), procs.world):
-            part = rows.slice(b * config.batch_size, min((b + 1) * config.batch_size, rows.n_rows))
-            batch = batch_of(part, rows.split, procs.device)
+        for batch in rows.batches(config.batch_size, procs.rank, procs.world, config.eval_iters):
             with autocast(procs.device, self.dtype):
                 loss_sum += self.model.loss(batch).item()
             n_tokens += len(batch.targets)
@@ -383,7 +365,7 @@ def describe_data(rows, log):
 
 def train(config, procs):
     """Run the configuration in this process."""
-    folders = data_folders(config)
+    folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = start_model(config, folders)
     path = os.path.join(config.out_dir, 'ckpt.pt')
     if os.path.exists(path) and not (config.init_from == 'resume' or config.overwrite or config.eval_only):

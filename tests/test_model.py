@@ -37,10 +37,6 @@ class Conversations:
         return self.found[i]
 
 
-def tensors(batch):
-    return batch._replace(**{name: torch.from_numpy(getattr(batch, name)) for name in ('idx', 'positions', 'at', 'targets')})
-
-
 SHAPES = {'gpt2': dict(n_layer=3, n_head=12, n_embd=192, n_positions=1024, vocab_size=50257),
           'distilgpt2': dict(n_layer=2, n_head=12, n_embd=192, n_positions=1024, vocab_size=50257),
           'DialoGPT': dict(n_layer=3, n_head=16, n_embd=128, n_positions=1024, vocab_size=50257)}
@@ -116,14 +112,14 @@ def test_a_model_of_another_kind_is_refused_in_one_line(change, said):
 def test_first_loss_is_about_ln_V():
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=1000))
-    batch = tensors(tokenfile.make_batch(Conversations([60, 50, 33], 1000), range(3)))
+    batch = tokenfile.make_batch(Conversations([60, 50, 33], 1000), range(3))
     loss = model.loss(batch).item() / len(batch.targets)
     assert abs(loss - math.log(1000)) < 0.1, loss
 
 
 def test_packed_loss_equals_the_losses_one_by_one():
     model, split = tiny(), Conversations([30, 5, 5, 5, 48, 17, 2, 17])
-    together = model.loss(tensors(tokenfile.make_batch(split, range(8))))
+    together = model.loss(tokenfile.make_batch(split, range(8)))
     alone = []
     for ids, mask in split.found:
         logits = model(torch.from_numpy(ids.astype(np.int64))[None, :-1])[0].float()
@@ -154,7 +150,7 @@ def test_gradients_of_two_micro_batches_equal_those_of_one():
 
     def gradients(parts):
         model = tiny()
-        batches = [tensors(tokenfile.make_batch(split, part)) for part in parts]
+        batches = [tokenfile.make_batch(split, part) for part in parts]
         n = sum(len(batch.targets) for batch in batches)
         for batch in batches:
             (model.loss(batch) / n).backward()
@@ -166,7 +162,7 @@ def test_gradients_of_two_micro_batches_equal_those_of_one():
 
 def test_one_batch_is_learned_by_heart():
     torch.manual_seed(0)
-    model, batch = tiny(), tensors(tokenfile.make_batch(Conversations([20, 30, 9]), range(3)))
+    model, batch = tiny(), tokenfile.make_batch(Conversations([20, 30, 9]), range(3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
         loss = model.loss(batch) / len(batch.targets)
@@ -199,7 +195,7 @@ def test_padding_of_the_vocabulary_is_never_a_logit():
 
 
 def test_dropout_is_used_in_training_and_nowhere_else():
-    model, batch = tiny(), tensors(tokenfile.make_batch(Conversations([30]), [0]))
+    model, batch = tiny(), tokenfile.make_batch(Conversations([30]), [0])
     plain = model.loss(batch)
     model.set_dropout(0.2)
     assert torch.equal(model.loss(batch), plain)  # eval
