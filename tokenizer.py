@@ -26,6 +26,8 @@ TAGS = ('<conversation>', '</conversation>', '<user>', '</user>', '<assistant>',
 # How GPT-2 splits text before merging: contractions, words, numbers, signs, white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+GPT2_SHA256 = 'e9e45993123ec6a64707a12a963fa02d1c51d715b1f66650519ed8c417fbfaff'  # Tokenizer.sha256 of its tokens
+
 
 class Tokenizer:
     """Text tokens (bytes, in order of merging), <|endoftext|>, and the tags if `tags` is true."""
@@ -49,7 +51,8 @@ class Tokenizer:
         self.encode = lru_cache(n)(self.encode)
 
     def encode_with_tags(self, text):
-        """What the person at the keyboard wrote: tags and <|endoftext|> count as such."""
+        """What the person at the keyboard wrote: tags and <|endoftext|> count as such. ValueError as above."""
+        text.encode('utf-8')
         return self._bpe.encode_to_numpy(text, allowed_special='all')
 
     def decode_bytes(self, ids):
@@ -71,7 +74,8 @@ class Tokenizer:
 
     def state(self):
         """What a checkpoint keeps: the name for GPT-2's own vocabulary, the whole of any other."""
-        tokens = None if self.name == 'gpt2' else [to_unicode(token) for token in self.tokens]
+        gpt2 = self.name == 'gpt2' and self.sha256 == GPT2_SHA256  # a folder may be called gpt2, too
+        tokens = None if gpt2 else [to_unicode(token) for token in self.tokens]
         return {'name': self.name, 'sha256': self.sha256, 'tags': self.tags, 'tokens': tokens}
 
 
@@ -116,26 +120,33 @@ def learn(texts, vocab_size, path):
 def _read_folder(path):
     """The text tokens, in order of merging, of a folder or a tokenizer.json."""
     whole = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
-    split = os.path.join(path, 'vocab.json')
     try:
         if os.path.isfile(whole):
             with open(whole, encoding='utf-8') as file:
-                vocab = json.load(file)['model']['vocab']
-        elif os.path.isfile(split):
-            with open(split, encoding='utf-8') as file:
+                model = json.load(file)['model']
+            vocab, merges = model['vocab'], model['merges']
+        elif os.path.isfile(os.path.join(path, 'vocab.json')):
+            with open(os.path.join(path, 'vocab.json'), encoding='utf-8') as file:
                 vocab = json.load(file)
+            with open(os.path.join(path, 'merges.txt'), encoding='utf-8') as file:
+                merges = [line for line in file.read().split('\n') if line and not line.startswith('#version')]
         else:
             raise UserError(f'no vocabulary in {path}: expected tokenizer.json, or vocab.json and '
                             'merges.txt. Or use GPT-2\'s own: gpt2.')
         text = sorted((token for token in vocab if token not in (END_OF_TEXT, *TAGS)), key=vocab.get)
         tokens = [to_bytes(token) for token in text]
-        if [vocab[token] for token in text] != list(range(len(text))) or len(set(tokens)) < len(tokens):
+        merged = [''.join(merge.split(' ') if isinstance(merge, str) else merge) for merge in merges]
+        if [vocab[token] for token in text] != list(range(len(text))):
             raise ValueError('ids are not 0, 1, 2, …')
-        if not set(tokens) >= {bytes([b]) for b in range(256)}:
-            raise ValueError('some of the 256 bytes have no token')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} does not hold a byte-level vocabulary of GPT-2's kind ({error}). "
-                        "Expected a folder that transformers' GPT-2 tokenizer has saved.") from None
+        if sorted(tokens[:256]) != [bytes([b]) for b in range(256)]:
+            raise ValueError('the first 256 tokens are not the 256 bytes')
+        if text[256:] != list(dict.fromkeys(merged)):  # tiktoken merges in the order of the ids
+            raise ValueError('ids are not in the order of merging')
+        if len(text) > 2 ** 16 - 7:
+            raise ValueError(f'{len(text):,} tokens, more than token files of 16 bits can hold')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} does not hold a byte-level vocabulary of GPT-2's kind ({type(error).__name__}: "
+                        f"{error}). Expected a folder that transformers' GPT-2 tokenizer has saved.") from None
     return tokens
 
 
