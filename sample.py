@@ -38,6 +38,7 @@ class Config:
     temperature: float = 0.8   # 0 always takes the likeliest token
     top_k: int = 200           # of so many tokens at most; 0 of all
     top_p: float = 1.0         # of the likeliest that have this much probability together
+    trim: str = ''             # sentence: cut the answer after its last full stop, if it has one
     seed: int = 1337           # the same seed gives the same text
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
@@ -58,6 +59,8 @@ class Config:
             yield 'expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1.'
         if self.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
             yield f'dtype={self.dtype!r}: expected auto, float32, bfloat16 or float16.'
+        if self.trim not in ('', 'sentence'):
+            yield f'trim={self.trim!r}: expected sentence.'
         if self.seed < 0:
             yield f'seed={self.seed} must not be negative.'
 
@@ -124,13 +127,15 @@ def ask_once(config, opened, template):
         before = read_start(config.start)
         ids = encode_prompt(tokenizer.encode_with_tags, before, opened)
         stops = conversation.stop_ids(tokenizer, 'xml')
-    streams = config.num_samples == 1 and sys.stdout.isatty()
+    streams = config.num_samples == 1 and not config.trim and sys.stdout.isatty()
     if streams:
         print(before, end='', flush=True)
     found = answers(opened, ids, stops, config, config.seed, streamer(tokenizer) if streams else None)
     for answer in found:
         if not streams:
             text = conversation.answer_text(answer, tokenizer, template) if config.user else tokenizer.decode(answer)
+            if config.trim and '.' in text:
+                text = text[:text.rindex('.') + 1]
             print(before + text, end='')
         print('\n---------------' if config.num_samples > 1 else '')
 

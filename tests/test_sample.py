@@ -68,6 +68,13 @@ def test_an_answer_stops_at_its_tag_which_is_not_printed(folder, capsys, scripte
     assert ask(folder, capsys, user='Where?') == 'Paris.\n'
 
 
+def test_trimming_to_the_last_full_stop(folder, capsys, scripted):
+    scripts, _, _ = scripted
+    scripts += [['One. Two. Thr</assistant>'], ['no stop</assistant>']]
+    assert ask(folder, capsys, user='?', trim='sentence') == 'One. Two.\n'
+    assert ask(folder, capsys, user='?', trim='sentence') == 'no stop\n'
+
+
 def test_a_tag_in_the_prompt_does_not_stop_it(folder, capsys, scripted):
     scripts, prompts, bpe = scripted
     scripts.append([' to you</assistant>'])
