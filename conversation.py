@@ -45,25 +45,30 @@ def _special(text, supervised=False):
     return Special(text), supervised
 
 
+def _request(turn, joint='\n\n'):
+    """A turn's text; a template that has no place for the context has it behind the text."""
+    return turn.text + joint + turn.context if turn.context else turn.text
+
+
 def _xml(turn):
     supervised = turn.role == 'assistant' and turn.supervised
-    return [_special(f'<{turn.role}>'), (turn.text, supervised), _special(f'</{turn.role}>', supervised)]
+    return [_special(f'<{turn.role}>'), (_request(turn), supervised), _special(f'</{turn.role}>', supervised)]
 
 
 def _dialogpt(turn):
     supervised = turn.role == 'assistant' and turn.supervised
-    return [(turn.text, supervised), _special(END_OF_TEXT, supervised)]
+    return [(_request(turn), supervised), _special(END_OF_TEXT, supervised)]
 
 
 def _plain(turn):
     if turn.role == 'user':
-        return [(turn.text, False)]
+        return [(_request(turn, ' '), False)]
     return [(' ' + turn.text, turn.supervised), _special(END_OF_TEXT, turn.supervised)]
 
 
 def _question(turn):
     if turn.role == 'user':
-        return [(f'Question: {turn.text}\nAnswer:', False)]
+        return [(f'Question: {_request(turn)}\nAnswer:', False)]
     return [(' ' + turn.text, turn.supervised), _special(END_OF_TEXT, turn.supervised)]
 
 
@@ -158,11 +163,14 @@ def answer_text(ids, tokenizer, template='xml'):
 
 def decode(ids, mask, tokenizer, template='xml'):
     """The turns that `encode` made these ids and this mask from; ValueError for any other ids."""
-    turns = (_decode_xml if template == 'xml' else _decode_exchanges)(
-        [int(i) for i in ids], [bool(m) for m in mask], tokenizer, template)
-    if encode(turns, tokenizer, template)[0].tolist() != [int(i) for i in ids]:
-        raise ValueError(f'not a conversation of the template {template!r}: {tokenizer.decode(list(ids))[:80]!r}')
-    return turns
+    ids, mask = [int(i) for i in ids], [bool(m) for m in mask]
+    try:
+        turns = (_decode_xml if template == 'xml' else _decode_exchanges)(ids, mask, tokenizer, template)
+        if encode(turns, tokenizer, template)[0].tolist() == ids:
+            return turns
+    except (KeyError, ValueError):  # an id that there is not, half a character, a forged heading
+        pass
+    raise ValueError(f'not a conversation of the template {template!r}: the ids {str(ids[:20])[1:-1]} …')
 
 
 def _text(ids, tokenizer):
