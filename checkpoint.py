@@ -98,19 +98,34 @@ def from_contents(contents, description=''):
 
 
 def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
-    """An Opened model: 'resume' (a checkpoint in out_dir), a hub name or a folder of transformers.
+    """An Opened model: 'resume' (the checkpoint in out_dir), a folder, or a hub name.
 
-    which: 'last' or 'best', of the checkpoints. vocabulary: the Tokenizer to use instead of the
-    folder's or the hub model's own, which `tags` gives the six tags. The model gets rows for those
-    that it lacks.
+    A folder may hold a checkpoint of this code or a model in transformers' form. which: 'last' or
+    'best', of the checkpoints, where both are there. vocabulary: the Tokenizer of the data to train on; without one, the
+    model's own, or GPT-2's, which `tags` gives the six tags. The model gets rows for tags it lacks.
     """
-    if init_from == 'resume':
-        path = os.path.join(out_dir, 'ckpt.pt')
-        if which == 'best' and os.path.exists(os.path.join(out_dir, 'best.pt')):
-            path = os.path.join(out_dir, 'best.pt')
-        contents = load(path)
+    folder = out_dir if init_from == 'resume' else init_from
+    paths = [os.path.join(folder, name) for name in (('best.pt', 'ckpt.pt') if which == 'best' else ('ckpt.pt', 'best.pt'))]
+    found = next((path for path in paths if os.path.exists(path)), None)
+    if found or init_from == 'resume':
+        contents = load(found or os.path.join(folder, 'ckpt.pt'))
         loss = '' if contents['val_loss'] is None else f", val_loss {contents['val_loss']:.4f}"
-        return from_contents(contents, f"{path} (step {contents['step']}{loss})")
+        opened = from_contents(contents, f"{found} (step {contents['step']}{loss})")
+    else:
+        opened = _open_transformers(init_from, vocabulary or None)
+    wanted = vocabulary or opened.tokenizer
+    if opened.tokenizer.sha256 != wanted.sha256:
+        raise UserError(f'{opened.description} has the vocabulary {opened.tokenizer.name!r}, the data another, '
+                        f'{wanted.name!r}. Prepare the data with the vocabulary of the model: --tokenizer=FOLDER')
+    if (tags or wanted.tags) and not opened.tokenizer.tags:
+        tagged = tokenizers.Tokenizer(wanted.name, wanted.tokens, tags=True)
+        opened.model.add_tokens(tagged.tag_pieces())
+        opened = opened._replace(tokenizer=tagged)
+    return opened
+
+
+def _open_transformers(init_from, vocabulary):
+    """The Opened model of a folder or a hub name; its vocabulary is its own, else the one given, else GPT-2's."""
     folder = init_from if os.path.isdir(init_from) else _from_hub(init_from)
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
@@ -123,14 +138,12 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     except (OSError, ValueError) as error:
         raise UserError(f"{init_from} is not a model folder in transformers' form: {error}. "
                         'Expected config.json and model.safetensors.') from None
-    own = folder == init_from and any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
-    tokenizer = vocabulary or tokenizers.load(folder if own else 'gpt2', tags)
-    n, pieces = model.config.vocab_size, tokenizer.tag_pieces()
-    if n == tokenizer.vocab_size - len(pieces):
-        model.add_tokens(pieces) if pieces else None
-    elif n != tokenizer.vocab_size:
-        raise UserError(f'{init_from} has {n} tokens, the vocabulary {tokenizer.name!r} has {tokenizer.vocab_size}. '
-                        'Prepare the data with the vocabulary of the model: --tokenizer=FOLDER')
+    own = any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
+    tokenizer = tokenizers.load(folder, tags=False) if own and folder == init_from else vocabulary or tokenizers.load('gpt2')
+    tokenizer = tokenizers.Tokenizer(tokenizer.name, tokenizer.tokens, model.config.vocab_size == len(tokenizer.tokens) + 7)
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise UserError(f'{init_from} has {model.config.vocab_size} tokens, the vocabulary {tokenizer.name!r} has '
+                        f'{tokenizer.vocab_size}. Prepare the data with the vocabulary of the model: --tokenizer=FOLDER')
     return Opened(model, tokenizer, None, init_from, {})
 
 

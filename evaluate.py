@@ -23,7 +23,7 @@ import checkpoint
 import configurator
 import conversation
 import tokenfile
-from configurator import REPOSITORY, UserError
+from configurator import UserError
 from conversation import Turn
 from model import generate, pick_device, pick_dtype
 
@@ -177,14 +177,6 @@ def quiz_scores(answers, questions):
 
 # ---- one model ----
 
-def open_any(name, config, tags):
-    """The Opened model of a name in --models, told by what is there: a checkpoint, or anything open_model takes."""
-    for folder in (name, os.path.join(REPOSITORY, name)):
-        if any(os.path.exists(os.path.join(folder, file)) for file in ('ckpt.pt', 'best.pt')):
-            return checkpoint.open_model('resume', folder, config.which)
-    return checkpoint.open_model(name, tags=tags)
-
-
 class Progress:
     """A line on a terminal that counts, if the work has a name; nothing in a pipe."""
 
@@ -213,7 +205,7 @@ def measure(name, config, folder, questions, device, dtype):
     """Everything the report says of one model, as a dict of plain values."""
     meta = tokenfile.read_meta(folder) if folder else {}
     needs_tags = bool(folder) and conversation.TEMPLATES[meta['template']].tags
-    opened = open_any(name, config, needs_tags)
+    opened = checkpoint.open_model(name, which=config.which, tags=needs_tags)
     opened.model.to(device, dtype).eval()
     tuned = opened.template
     result = {'model': name, 'description': opened.description, 'template': tuned or 'question',
@@ -224,12 +216,9 @@ def measure(name, config, folder, questions, device, dtype):
         split = tokenfile.Split([folder], config.split)
         if meta['tokenizer']['sha256'] != opened.tokenizer.sha256:
             raise UserError(f'{name} has another vocabulary than {folder}: {opened.tokenizer.name}, not {meta["tokenizer"]["name"]}.')
-        if needs_tags and not opened.tokenizer.tags:
-            result['loss'] = None  # it has no tokens for the tags
-        else:
-            loss, n_tokens = response_loss(opened.model, split, f'{name}: loss')
-            result |= {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': n_tokens}
-        pairs = prompts_of(split, tokenizer_for(opened, meta), meta['template'], config.answers)
+        loss, n_tokens = response_loss(opened.model, split, f'{name}: loss')
+        result |= {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': n_tokens}
+        pairs = prompts_of(split, opened.tokenizer, meta['template'], config.answers)
         if pairs:
             template = tuned or ('question' if needs_tags else meta['template'])
             given = answer_all(opened, template, [turns for turns, _ in pairs], **how, what=f'{name}: answers')
@@ -249,13 +238,6 @@ def measure(name, config, folder, questions, device, dtype):
     return result
 
 
-def tokenizer_for(opened, meta):
-    """The model's tokenizer, with the tags where the data set's conversations have them."""
-    if conversation.TEMPLATES[meta['template']].tags and not opened.tokenizer.tags:
-        return type(opened.tokenizer)(opened.tokenizer.name, opened.tokenizer.tokens, True)
-    return opened.tokenizer
-
-
 # ---- the report ----
 
 def rows_of(result):
@@ -263,8 +245,7 @@ def rows_of(result):
     share = lambda x: f'{100 * x:.1f} %'  # noqa: E731
     rows = [('parameters', f"{result['parameters'] / 1e6:.1f} M"), ('asked as', result['template'])]
     if 'loss' in result:
-        rows += [('loss on responses', '–'), ('perplexity', '–')] if result['loss'] is None else \
-            [('loss on responses', f"{result['loss']:.4f}"), ('perplexity', f"{result['perplexity']:.1f}")]
+        rows += [('loss on responses', f"{result['loss']:.4f}"), ('perplexity', f"{result['perplexity']:.1f}")]
     for title, key in (('answers', 'form'), ('quiz', 'quiz_form')):
         for name, value in result.get(key, {}).items():
             rows.append((f'{title}: {name}', f'{value:.1f}' if 'mean' in name else share(value)))

@@ -44,6 +44,16 @@ class RunLog:
         if not self.silent:
             print(text, flush=True)
 
+    def data(self, rows):
+        """A line for the tokenfile.Rows of a split, and one for what is left out of them."""
+        split, usable = rows.split, rows.usable
+        positions = (split.lengths[usable] - 1).sum()
+        self.say(f'{split.name}: {len(usable):,} conversations, {split.lengths[usable].sum():,} tokens, '
+                 f'{split.n_supervised[usable].sum():,} supervised, in {rows.n_rows:,} rows of {rows.block_size} '
+                 f'({positions / rows.n_rows / rows.block_size:.1%} full)')
+        if rows.n_too_long:
+            self.say(f'{split.name}: left out {rows.n_too_long:,} conversations longer than block_size={rows.block_size}')
+
     def write(self, **row):
         """Append a row to log.csv; absent columns are empty."""
         if not self.silent:

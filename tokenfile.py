@@ -67,7 +67,8 @@ class Writer:
                 file.close()
         splits = {split: {**counts, 'sha256': self.hashes[split].hexdigest()}
                   for split, counts in self.counts.items()}
-        with open(os.path.join(self.partial, 'meta.json'), 'w', encoding='utf-8') as file:
+        # backslashreplace: a file's name, which stands in there, need not be Unicode
+        with open(os.path.join(self.partial, 'meta.json'), 'w', encoding='utf-8', errors='backslashreplace') as file:
             json.dump({'format_version': FORMAT_VERSION, **meta, 'splits': splits}, file,
                       indent=1, ensure_ascii=False)
             _flush(file)
@@ -81,10 +82,12 @@ class Writer:
         return self
 
     def __exit__(self, *_):
-        for files in self.files.values():
-            for file in files.values():
-                file.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            for files in self.files.values():
+                for file in files.values():
+                    file.close()
+        finally:  # a full disk fails here, too
+            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _flush(file):
@@ -108,18 +111,20 @@ def read_meta(folder):
     try:
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
-        version, splits = meta['format_version'], meta['splits']
-        template, tokenizer = meta['template'], meta['tokenizer']
-        well_formed = (type(splits) is dict and type(template) is str
-                       and type(tokenizer['name']) is type(tokenizer['sha256']) is str
-                       and all(type(counts[key]) is int for counts in splits.values()
-                               for key in ('conversations', 'tokens', 'supervised_tokens')))
+        if (version := meta['format_version']) == FORMAT_VERSION:
+            splits, template, tokenizer = meta['splits'], meta['template'], meta['tokenizer']
+            well_formed = (type(splits) is dict and type(template) is str
+                           and type(tokenizer['name']) is type(tokenizer['sha256']) is str
+                           and all(type(counts[key]) is int for counts in splits.values()
+                                   for key in ('conversations', 'tokens', 'supervised_tokens')))
     except FileNotFoundError:
         raise UserError(f'{path} not found. {how}') from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}: {error}). {how}') from None
-    if version != FORMAT_VERSION or not well_formed:
+    if version != FORMAT_VERSION:
         raise UserError(f'{path} is of format {version!r}; this code reads {FORMAT_VERSION}. {how}')
+    if not well_formed:
+        raise UserError(f'{path} holds values of wrong types. {how}')
     return meta
 
 
@@ -137,8 +142,8 @@ class Split:
         self.lengths = np.concatenate([np.diff(starts) for _, _, starts in self.files])
         # A conversation's first token is in its context alone: nothing stands before it to predict it.
         self.n_supervised = self.lengths - 1 if loss_on == 'all' else np.concatenate(
-            [np.add.reduceat(mask, starts[:-1], dtype=np.int64) if len(mask) else np.zeros(0, np.int64)
-             for _, mask, starts in self.files])
+            [np.add.reduceat(mask, starts[:-1], dtype=np.int64) - mask[starts[:-1]] if len(mask) else
+             np.zeros(0, np.int64) for _, mask, starts in self.files])
 
     def __len__(self):
         return len(self.lengths)
@@ -160,12 +165,10 @@ def _open_split(folder, split):
     for ending, dtype in DTYPES.items():
         path = os.path.join(folder, split + ending)
         try:
-            size = os.path.getsize(path)
-            arrays.append(np.memmap(path, dtype, mode='r', shape=(size // np.dtype(dtype).itemsize,))
-                          if size else np.zeros(0, dtype))
-        except OSError as error:
-            raise UserError(f'{path}: {error.strerror}, although meta.json names it. Prepare the '
-                            'folder again.') from None
+            arrays.append(np.memmap(path, dtype, mode='r') if os.path.getsize(path) else np.zeros(0, dtype))
+        except (OSError, ValueError) as error:  # ValueError: a part of a number at the end
+            why = getattr(error, 'strerror', None) or 'cut short'
+            raise UserError(f'{path}: {why}, although meta.json names it. Prepare the folder again.') from None
     ids, mask, starts = arrays
     counts = meta['splits'][split]
     found = {'conversations': len(starts) - 1, 'tokens': len(ids),
@@ -245,8 +248,8 @@ class Rows:
         self.n_too_long = int((positions > block_size).sum())
         self.usable = np.flatnonzero((positions <= block_size) & (split.n_supervised > 0))
         if not len(self.usable):
-            raise UserError(f'nothing to learn from in {split.name}: {len(split)} conversations, of which '
-                            f'{self.n_too_long} are longer than block_size={block_size}.')
+            raise UserError(f'nothing to learn from in {split.name}: of {len(split)} conversations, {self.n_too_long} '
+                            f'are longer than block_size={block_size}, and the others have no supervised token.')
         self.n_rows = len(self.epoch(0))  # the same in each: it follows from the lengths alone
 
     @lru_cache(maxsize=2)

@@ -12,11 +12,9 @@ import math
 import os
 import signal
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import configurator
@@ -24,7 +22,9 @@ import runlog
 import tokenfile
 import tokenizer as tokenizers
 from configurator import UserError
-from model import GPT, GPTConfig, autocast, pick_device, pick_dtype
+from conversation import TEMPLATES
+from model import GPT, GPTConfig, autocast, pick_dtype
+from processes import processes
 
 
 @dataclass(frozen=True)
@@ -102,78 +102,42 @@ class Config:
 FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on', 'seed', 'dropout')
 
 
-@dataclass
-class Processes:
-    """This process among all that train together, and where it computes."""
-    rank: int
-    world: int
-    device: str
-
-    def sum(self, numbers):
-        """The sums of everybody's numbers, a list of floats."""
-        if self.world == 1:
-            return numbers
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-
-@contextmanager
-def processes(config):
-    """Processes, as torchrun's environment says; one alone without it."""
-    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))
-    device = pick_device(config.device)
-    if config.gradient_accumulation_steps % world:
-        raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared '
-                        f'equally among {world} processes. Use a multiple of {world}.')
-    if world == 1:
-        yield Processes(0, 1, device)
-        return
-    if device == 'cuda':
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    backend = ('nccl' if device.startswith('cuda') else 'gloo') if config.backend == 'auto' else config.backend
-    dist.init_process_group(backend)
-    try:
-        yield Processes(rank, world, device)
-    finally:
-        dist.destroy_process_group()
-
-
 def start_model(config, folders):
     """The Opened model to train, checked against the data it is to be trained on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
-    template = metas[0]['template']
+    for folder, meta in zip(folders, metas):
+        if meta['template'] not in TEMPLATES:
+            raise UserError(f"{folder} is of the template {meta['template']!r}; known are {', '.join(TEMPLATES)}.")
     if len({meta['tokenizer']['sha256'] for meta in metas}) > 1:
         raise UserError(f'the data sets {config.dataset} were prepared with different vocabularies.')
-    tags = any(meta['template'] == 'xml' for meta in metas)
-    name = metas[0]['tokenizer']['name']
+    name, tags = metas[0]['tokenizer']['name'], any(TEMPLATES[meta['template']].tags for meta in metas)
     vocabulary = tokenizers.load(name if name == 'gpt2' else os.path.join(folders[0], name), tags)
     if vocabulary.sha256 != metas[0]['tokenizer']['sha256']:
         raise UserError(f'{folders[0]} was prepared with another vocabulary than {name!r} is now. Prepare it again.')
     if config.init_from == 'scratch':
         torch.manual_seed(config.seed)
         shape = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')}
-        opened = checkpoint.Opened(GPT(GPTConfig(vocab_size=vocabulary.vocab_size, **shape)),
-                                   vocabulary, template, 'a new model', {})
+        opened = checkpoint.Opened(GPT(GPTConfig(vocab_size=vocabulary.vocab_size, **shape)), vocabulary,
+                                   metas[0]['template'], 'a new model', {})
     else:
         opened = checkpoint.open_model(config.init_from, config.out_dir, vocabulary=vocabulary)
         opened.model.set_dropout(config.dropout)
-    contents = opened.contents
-    if contents:
-        data = [tokenfile.fingerprint(folder) for folder in folders]
-        if contents['data'] != data:
-            raise UserError(f"{config.dataset} is not the data that {config.out_dir} was trained on. Prepare it as it "
-                            'was, or start anew with another --out_dir.')
-        changed = [key for key in FIXED_ON_RESUME if contents['config'][key] != getattr(config, key)]
+    if config.init_from != 'resume':
+        opened = opened._replace(template=metas[0]['template'], contents={})
+    elif opened.contents['data'] != [tokenfile.fingerprint(folder) for folder in folders]:
+        raise UserError(f'{config.dataset} is not the data that {config.out_dir} was trained on. Prepare it as it was, '
+                        'or start anew with another --out_dir.')
+    else:
+        was = opened.contents['config']
+        changed = [f'{key} was {was.get(key)!r} and cannot become {getattr(config, key)!r}' for key in FIXED_ON_RESUME
+                   if was.get(key) != getattr(config, key)]
         if changed:
-            raise UserError('\n'.join(f"{key} was {contents['config'][key]!r} and cannot become {getattr(config, key)!r} in "
-                                      'a run that is resumed. Leave it out, or start anew.' for key in changed))
+            raise UserError(f'{"; ".join(changed)} in a run that is resumed. Leave it out, or start anew.')
     positions = opened.model.config.block_size
     if config.block_size > positions:
         raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
                         f'{opened.description}. Use --block_size={positions} or less.')
-    return opened._replace(template=template)
+    return opened
 
 
 def learning_rate(config, step):
@@ -237,7 +201,7 @@ class Trainer:
                 loss = self.model.loss(tokenfile.make_batch(self.train_rows.split, [i for row in rows for i in row]))
             self.scaler.scale(loss / n_tokens).backward()
             losses.append(loss.detach())
-        self.share_gradients()
+        procs.sum_gradients(self.model)
         self.scaler.unscale_(self.optimizer)
         if config.grad_clip:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip).item()
@@ -251,19 +215,6 @@ class Trainer:
         loss_sum, n_asked = procs.sum([sum(loss.item() for loss in losses), float(stop_asked)])
         self.loss_sum, self.n_tokens, self.stop = self.loss_sum + loss_sum, self.n_tokens + n_tokens, n_asked > 0
         self.seconds += time.perf_counter() - started
-
-    def share_gradients(self):
-        """Sum the gradients over the processes, in one call; a process without a row brings zeros."""
-        if self.procs.world == 1:
-            return
-        for p in self.model.parameters():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in self.model.parameters()]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
 
     @torch.no_grad()
     def evaluate(self):
@@ -352,17 +303,6 @@ def loop(trainer, opened, data, log, request):
         log.say(f'finished{why}. Talk to it: python sample.py --init_from=resume --out_dir={config.out_dir} --chat')
 
 
-def describe_data(rows, log):
-    """A line for the rows of a split, and one for what is left out of them."""
-    split, usable = rows.split, rows.usable
-    positions = (split.lengths[usable] - 1).sum()
-    log.say(f'{split.name}: {len(usable):,} conversations, {split.lengths[usable].sum():,} tokens, '
-            f'{split.n_supervised[usable].sum():,} supervised, in {rows.n_rows:,} rows of {rows.block_size} '
-            f'({positions / rows.n_rows / rows.block_size:.1%} full)')
-    if rows.n_too_long:
-        log.say(f'{split.name}: left out {rows.n_too_long:,} conversations longer than block_size={rows.block_size}')
-
-
 def train(config, procs):
     """Run the configuration in this process."""
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
@@ -383,11 +323,8 @@ def train(config, procs):
 
     log = runlog.RunLog(config, trainer.step, silent=procs.rank > 0)
     log.say(configurator.describe(config))
-    for rows in (train_rows, val_rows):
-        if rows:
-            describe_data(rows, log)
-    if not val_rows:
-        log.say('val: empty, so there will be no val_loss and no best.pt')
+    log.data(train_rows)
+    log.data(val_rows) if val_rows else log.say('val: empty, so there will be no val_loss and no best.pt')
     log.say(f'{opened.description}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters, on '
             f'{procs.device} in {str(trainer.dtype)[6:]}, {procs.world} process{"es" * (procs.world > 1)}; '
             f'{config.max_iters:,} steps of {rows_per_step} rows are {last_row / train_rows.n_rows:.2f} epochs')

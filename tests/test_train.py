@@ -221,6 +221,13 @@ def test_a_pretrained_folder_gets_the_tags_and_trains(data, tmp_path):
     assert contents['model_args']['vocab_size'] == n + 7
 
 
+def test_a_tuned_model_can_be_tuned_further(data, tmp_path):
+    """init_from names the folder of a checkpoint: its weights, and none of its run."""
+    first = run(data, tmp_path / '1')
+    second = run(data, tmp_path / '2', init_from=tmp_path / '1', max_iters=0)
+    assert second['step'] == 0 and all(torch.equal(p, second['model'][name]) for name, p in first['model'].items())
+
+
 MISTAKES = {
     'unknown dataset': (dict(dataset='nothing'), 'nothing/meta.json not found'),
     'block too long': (dict(init_from='MODEL', block_size=65), 'block_size=65 exceeds the 64 positions'),
