@@ -1,6 +1,6 @@
 """DialoGPT-medium on 100,000 rows of open-instruct-v1: short requests, short answers, no markup.
 
-    python data/alpaca/prepare.py --source=open-instruct --template=plain --max_tokens=128 \\
+    python data/alpaca/prepare.py --source=open-instruct --template=plain --max_tokens=128 \
         --shuffle_seed=42 --train_rows=100000
     python train.py config/finetune_open_instruct.py
     python sample.py --out_dir=out/open-instruct --user="What's the best way to cook chicken breast?" --trim=sentence
