@@ -42,22 +42,26 @@ class Writer:
             raise UserError(f'cannot write to {folder}: {error.strerror}. Use --out_dir=FOLDER.') from None
         self.files = {split: {ending: open(os.path.join(self.partial, split + ending), 'wb')
                               for ending in DTYPES} for split in splits}
-        self.hashes = {split: hashlib.sha256() for split in splits}
+        self.hashes = {split: {ending: hashlib.sha256() for ending in DTYPES} for split in splits}
         self.counts = {split: {'conversations': 0, 'tokens': 0, 'supervised_tokens': 0} for split in splits}
         for split in splits:
-            self.files[split]['.idx.bin'].write(np.int64(0).tobytes())
+            self._write(split, '.idx.bin', 0)
 
     def add(self, split, ids, mask, lengths):
         """Append conversations: ids and mask (n,) of all of them, lengths (conversations,)."""
-        counts, files = self.counts[split], self.files[split]
-        for ending, values in (('.bin', ids), ('.mask.bin', mask)):
-            data = np.asarray(values, DTYPES[ending]).tobytes()
-            files[ending].write(data)
-            self.hashes[split].update(data)
-        files['.idx.bin'].write((counts['tokens'] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+        counts = self.counts[split]
+        assert np.sum(lengths) == len(ids) == len(mask), (np.sum(lengths), len(ids), len(mask))
+        self._write(split, '.bin', ids)
+        self._write(split, '.mask.bin', mask)
+        self._write(split, '.idx.bin', counts['tokens'] + np.cumsum(lengths, dtype=np.int64))
         counts['conversations'] += len(lengths)
         counts['tokens'] += len(ids)
         counts['supervised_tokens'] += int(np.sum(mask, dtype=np.int64))
+
+    def _write(self, split, ending, values):
+        data = np.asarray(values, DTYPES[ending]).tobytes()
+        self.files[split][ending].write(data)
+        self.hashes[split][ending].update(data)
 
     def finish(self, meta):
         """Move the files into place; meta.json, with the counts added, is the last."""
@@ -65,8 +69,10 @@ class Writer:
             for file in files.values():
                 _flush(file)
                 file.close()
-        splits = {split: {**counts, 'sha256': self.hashes[split].hexdigest()}
-                  for split, counts in self.counts.items()}
+        # The hash is of the three files' hashes: however the conversations came, in one piece or many.
+        splits = {split: {**counts, 'sha256': hashlib.sha256(b''.join(
+            digest.digest() for digest in self.hashes[split].values())).hexdigest()}
+            for split, counts in self.counts.items()}
         # backslashreplace: a file's name, which stands in there, need not be Unicode
         with open(os.path.join(self.partial, 'meta.json'), 'w', encoding='utf-8', errors='backslashreplace') as file:
             json.dump({'format_version': FORMAT_VERSION, **meta, 'splits': splits}, file,
