@@ -11,6 +11,7 @@ import requests
 
 from configurator import UserError
 
+BLOCK = 1 << 14  # bytes that are written at a time: what an incomplete one held is lost when a connection breaks
 ATTEMPTS, PAUSE_S = 5, 1.0  # waits of 1, 2, 4 and 8 seconds between the attempts
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')  # a mirror, as for transformers
 
@@ -27,8 +28,8 @@ def download(url, path, n_bytes, sha256):
     problem = None
     for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(PAUSE_S * 2 ** (attempt - 1))
             print(f'{problem}; trying again ({attempt + 1} of {ATTEMPTS})', file=sys.stderr)
+            time.sleep(PAUSE_S * 2 ** (attempt - 1))
         try:
             _fetch(url, part, n_bytes)
             break
@@ -36,10 +37,10 @@ def download(url, path, n_bytes, sha256):
             problem = f'the server answered {error.response.status_code} {error.response.reason}'
             if error.response.status_code < 500 and error.response.status_code != 429:
                 raise UserError(_by_hand(url, path, problem)) from None
-        except (requests.RequestException, OSError) as error:
-            if isinstance(error, OSError) and error.filename:
-                raise UserError(f'cannot write {part}: {error.strerror}') from None
+        except requests.RequestException as error:
             problem = f'the connection failed ({type(error).__name__})'
+        except OSError as error:  # none of requests' own
+            raise UserError(f'cannot write {part}: {error.strerror}.') from None
     else:
         raise UserError(_by_hand(url, path, f'{problem}, {ATTEMPTS} times'))
     _verify(part, path, url, n_bytes, sha256)
@@ -80,7 +81,7 @@ def _fetch(url, part, n_bytes):
         with open(part, 'r+b' if have else 'wb') as file:
             file.seek(have)
             file.truncate()
-            for block in response.iter_content(1 << 18):
+            for block in response.iter_content(BLOCK):
                 file.write(block)
                 have += len(block)
                 if bar:
