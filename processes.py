@@ -3,6 +3,7 @@
     torchrun --standalone --nproc_per_node=2 train.py config/finetune_oasst.py
 """
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,5 +66,10 @@ def processes(config):
     dist.init_process_group(backend)
     try:
         yield Processes(rank, world, device)
+        dist.barrier()  # nobody leaves while another still needs it
     finally:
         dist.destroy_process_group()
+    # Not the interpreter's own exit: gloo's threads abort it now and then ("terminate called without
+    # an active exception", 3 times in 36 runs of torch 2.13), after all was done and saved.
+    sys.stdout.flush()
+    os._exit(0)

@@ -36,8 +36,8 @@ class Config:
     dataset: str = 'oasst'           # a prepared folder in data_dir; several with commas are mixed
     data_dir: str = 'data'           # looked for here, then beside train.py
     # how long, how often
-    max_iters: int = 1000            # optimizer steps
-    epochs: float = 0.0              # if above 0, max_iters is what this many passes over the data take
+    max_iters: int = 600_000         # optimizer steps, or fewer where epochs ends before
+    epochs: float = 0.0              # passes over the data; 0 sets no limit
     eval_interval: int = 100         # steps between evaluations, which also save
     eval_iters: int = 0              # batches in an evaluation; 0 is the whole validation set
     eval_only: bool = False          # evaluate once and stop
@@ -317,7 +317,7 @@ def train(config, procs):
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
     last_row = config.max_iters * rows_per_step
     if config.epochs:
-        last_row = math.ceil(config.epochs * train_rows.n_rows)
+        last_row = min(last_row, math.ceil(config.epochs * train_rows.n_rows))
         config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
     trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)
 

@@ -132,7 +132,7 @@ def test_evaluation_moves_no_random_state(data, tmp_path):
 
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
     """Under torchrun with gloo; three rows left for the last step, so one process has none."""
-    keys = dict(dropout=0.0, batch_size=1, gradient_accumulation_steps=2, epochs=1.0, eval_interval=4, log_interval=1)
+    keys = dict(dropout=0.0, batch_size=1, gradient_accumulation_steps=2, epochs=1.0, max_iters=1000, eval_interval=4, log_interval=1)
     one = run(data, tmp_path / '1', **keys)
     done = script(*flags(data, tmp_path / '2', **keys), torchrun=2)
     assert done.returncode == 0, done.stderr
@@ -155,7 +155,9 @@ def test_one_epoch_sees_every_conversation_once(data, tmp_path, monkeypatch):
             seen.extend(conversations)
         return make_batch(split, conversations)
     monkeypatch.setattr(tokenfile, 'make_batch', spy)
-    run(data, tmp_path, epochs=1.0, batch_size=3)
+    assert run(data, tmp_path, epochs=1.0, batch_size=3, max_iters=1000)['step'] == 5  # 27 rows in steps of 6
+    assert run(data, tmp_path / '2', epochs=1.0, batch_size=3, max_iters=2)['step'] == 2  # whichever ends first
+    seen = seen[:len(set(seen))]
     assert sorted(seen) == list(range(len(tokenfile.Split([os.path.join(data, 'colours')], 'train'))))
 
 
