@@ -73,7 +73,7 @@ class Tokenizer:
         return hashlib.sha256(b''.join(b'%d:%b' % (len(t), t) for t in self.tokens)).hexdigest()
 
     def state(self):
-        """What a checkpoint keeps: the name for GPT-2's own vocabulary, the whole of any other."""
+        """What checkpoints and meta.json keep: the name for GPT-2's own vocabulary, the whole of any other."""
         gpt2 = self.name == 'gpt2' and self.sha256 == GPT2_SHA256  # a folder may be called gpt2, too
         tokens = None if gpt2 else [to_unicode(token) for token in self.tokens]
         return {'name': self.name, 'sha256': self.sha256, 'tags': self.tags, 'tokens': tokens}
@@ -93,14 +93,14 @@ def load(name, tags=True):
 
 
 def from_state(state):
-    """The Tokenizer of a checkpoint. UserError where its vocabulary is not what its hash says."""
+    """The Tokenizer of a state. UserError where its vocabulary is not what its hash says."""
     if state['tokens'] is None:
         tokenizer = load(state['name'], state['tags'])
     else:
         tokenizer = Tokenizer(state['name'], [to_bytes(token) for token in state['tokens']], state['tags'])
     if tokenizer.sha256 != state['sha256']:
-        raise UserError(f"the checkpoint's vocabulary {state['name']!r} does not have the hash that "
-                        'is stored with it. The checkpoint is damaged, or was edited.')
+        raise UserError(f"the vocabulary {state['name']!r} does not have the hash that is stored with it. "
+                        'The file is damaged, or was edited.')
     return tokenizer
 
 

@@ -8,9 +8,12 @@ import gzip
 import hashlib
 import json
 import os
+import signal
 import sys
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from operator import itemgetter
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -29,6 +32,7 @@ class Unit(NamedTuple):
 
     key decides the split. seen = len(conversations) + the sum of dropped. counts: whatever else
     is worth a line in the table. broken: what was wrong, for a line that is no unit at all.
+    lines: of how many lines of the source it is made.
     """
     key: str = ''
     seen: int = 0
@@ -36,6 +40,7 @@ class Unit(NamedTuple):
     dropped: dict = {}
     counts: dict = {}
     broken: str = ''
+    lines: int = 1
 
 
 class Job(NamedTuple):
@@ -75,7 +80,7 @@ def read_blocks(path):
                 number += block.count(b'\n')
     except FileNotFoundError:
         raise UserError(f'{path} not found. --input takes a .jsonl or .jsonl.gz file.') from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f'{path} cannot be read to its end: {error}. Nothing was written.') from None
 
 
@@ -116,7 +121,7 @@ def encode_block(job, block):
             try:
                 ids, mask, n_lost = conversation.encode(turns, job.tokenizer, job.template, job.max_tokens)
             except ValueError:
-                dropped['template heading'] += 1
+                dropped['template heading' if job.template == 'alpaca' else 'cannot be encoded'] += 1
                 continue
             if ids is None:
                 dropped['too long'] += 1
@@ -138,6 +143,7 @@ _job = None  # of this worker process
 def _start_worker(job):
     global _job
     _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the process that gives out the work
     job.tokenizer.remember()
 
 
@@ -162,41 +168,46 @@ def encoded_blocks(blocks, job):
             yield pending.popleft().result()
 
 
-def export(blocks, job, split_of, folder, splits, meta, options):
-    """Write the token files of a source and print the table; returns what meta.json says."""
-    seen = kept = truncated = n_units = 0
+def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
+    """Write the token files of a source and print the table; returns what meta.json says.
+
+    by_key: units stand in the order of their keys, so that their order in the source does not matter.
+    """
+    seen = truncated = n_lines = 0
     dropped, counts, broken, keys = Counter(), Counter(), [], set()
+    units_of = {split: [] for split in splits}  # (key, ids, mask, lengths) of each unit
     with tokenfile.Writer(folder, splits) as writer:
         for encoded in encoded_blocks(blocks, job):
-            split_numbers = []  # of each conversation in the block; -1: in none
-            for unit, n_kept, n_truncated, _ in encoded.units:
+            lengths_of = np.split(encoded.lengths, np.cumsum([n_kept for _, n_kept, _, _ in encoded.units])[:-1])
+            cuts = np.cumsum([lengths.sum() for lengths in lengths_of])[:-1]
+            for (unit, n_kept, n_truncated, _), *arrays in zip(
+                    encoded.units, np.split(encoded.ids, cuts), np.split(encoded.mask, cuts), lengths_of):
                 if unit.broken:
                     broken.append(unit.broken)
                     continue
-                n_units += 1
+                n_lines += unit.lines
                 seen += unit.seen
-                counts.update(unit.counts)
-                repeated = unit.key in keys
-                split_numbers += [-1 if repeated else splits.index(split_of(unit.key))] * n_kept
-                if repeated:
+                if unit.key in keys:
+                    counts['repeated, left out'] += 1
                     dropped['repeated'] += unit.seen
                     continue
                 keys.add(unit.key)
+                counts.update(unit.counts)
                 dropped.update(unit.dropped)
-                kept += n_kept
                 truncated += n_truncated
-            split_numbers = np.array(split_numbers, np.int64)
-            of_token = np.repeat(split_numbers, encoded.lengths)
-            for number, split in enumerate(splits):
-                writer.add(split, encoded.ids[of_token == number], encoded.mask[of_token == number],
-                           encoded.lengths[split_numbers == number])
-        check_broken(broken, n_units)
+                if n_kept:
+                    units_of[split_of(unit.key)].append((unit.key, *arrays))
+        check_broken(broken, n_lines)
+        for split, units in units_of.items():
+            if units:
+                _, *arrays = zip(*sorted(units, key=itemgetter(0)) if by_key else units)
+                writer.add(split, *map(np.concatenate, arrays))
+        kept = sum(counts['conversations'] for counts in writer.counts.values())
         assert seen == kept + dropped.total(), (seen, kept, dropped)
         if not kept:
             raise UserError(f'no conversation was kept of {seen} seen; dropped: {dict(dropped) or "none"}. '
                             'Nothing was written.')
-        meta = {**meta, 'template': job.template,
-                'tokenizer': {'name': job.tokenizer.name, 'sha256': job.tokenizer.sha256},
+        meta = {**meta, 'template': job.template, 'tokenizer': job.tokenizer.state(),
                 'seen': seen, 'kept': kept, 'dropped': dict(dropped), 'truncated': truncated,
                 'counts': dict(counts), 'broken_lines': len(broken), 'options': options}
         writer.finish(meta)
@@ -207,12 +218,17 @@ def export(blocks, job, split_of, folder, splits, meta, options):
 
 def print_text(blocks, job):
     """The kept conversations as text on standard output, one after another."""
-    keys = set()
+    keys, broken, n_lines = set(), [], 0
     for encoded in encoded_blocks(blocks, job._replace(as_text=True)):
         for unit, _, _, text in encoded.units:
-            if not unit.broken and unit.key not in keys:
+            if unit.broken:
+                broken.append(unit.broken)
+                continue
+            n_lines += unit.lines
+            if unit.key not in keys:
                 keys.add(unit.key)
                 sys.stdout.write(text)
+    check_broken(broken, n_lines)
 
 
 def check_broken(broken, n_good):

@@ -1,6 +1,7 @@
 """What the tests share. They need no network; what a bare machine lacks is skipped, with the reason."""
 import hashlib
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -47,9 +48,9 @@ def small(vocabulary):
 @pytest.fixture(scope='session')
 def real_trees():
     """The path of 100 real OpenAssistant trees."""
-    path = os.path.join(SHARED, 'data', 'oasst', 'en_100_tree.jsonl')
-    if not os.path.exists(path):
-        pytest.skip(f'{os.path.basename(path)}, 100 real trees, is not in {os.path.dirname(path)}')
+    path = pathlib.Path(SHARED, 'data', 'oasst', 'en_100_tree.jsonl')
+    if not path.exists():
+        pytest.skip(f'{path.name}, 100 real trees, is not in {path.parent}')
     return path
 
 
@@ -57,6 +58,6 @@ def real_trees():
 def script(tmp_path):
     """Run a script of the repository as a person would, from another folder: script('train.py', '--help')."""
     def run(name, *arguments, **options):
-        return subprocess.run([sys.executable, os.path.join(ROOT, name), *arguments], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=60, **options)
+        return subprocess.run([sys.executable, os.path.join(ROOT, name), *arguments], cwd=tmp_path, timeout=60,
+                              capture_output=True, **{'text': True, **options})
     return run

@@ -141,7 +141,7 @@ def read_tree(root, replies_of, config):
         if not isinstance(replies, list):
             raise Broken(f'replies is a {type(replies).__name__}')
         below, n_ranked = [], 0
-        for reply in sorted(replies, key=_order) if len(replies) > 1 else replies:
+        for reply in sorted(replies, key=_order):
             message = _message(reply, here, config)
             n_ranked += not message.drop  # a reply left out takes no place among the best
             if config.top_k and n_ranked > config.top_k:
@@ -186,12 +186,13 @@ def threads(messages, turns):
             i = messages[i].parent
         if i in last_usable and i not in taken:
             taken.add(i)
-            paths.append([])
+            path = []
             while i >= 0:
-                paths[-1].insert(0, i)
+                path.append(i)
                 i = messages[i].parent
+            paths.append(path[::-1])
         else:
-            dropped[why[end] or 'roles'] += 1
+            dropped[why[end]] += 1
     return paths, dropped
 
 
@@ -206,7 +207,7 @@ def _last_answers(messages, usable):
             if usable[i] and message.role == 'assistant' and not has_answer_below[i]}
 
 
-def unit_of_tree(key, messages, config):
+def unit_of_tree(key, messages, config, lines=1):
     """The Unit of one tree: its conversations, each assistant message supervised exactly once."""
     paths, dropped = threads(messages, config.turns)
     learned, conversations = set(), []
@@ -214,10 +215,10 @@ def unit_of_tree(key, messages, config):
         conversations.append([Turn(messages[i].role, messages[i].text, supervised=i not in learned)
                               for i in path])
         learned.update(path)
-    counts = Counter(f'  left out: {message.drop}' for message in messages if message.drop)
-    counts = {'trees': 1, 'messages': len(messages), **counts,
-              'answers in the conversations': sum(messages[i].role == 'assistant' for i in learned)}
-    return Unit(key, len(paths) + sum(dropped.values()), conversations, dropped, counts)
+    counts = {'trees': 1, 'messages': len(messages),
+              'different answers': sum(messages[i].role == 'assistant' for i in learned),
+              **Counter(f'messages left out: {message.drop}' for message in messages if message.drop)}
+    return Unit(key, len(paths) + sum(dropped.values()), conversations, dropped, counts, lines=lines)
 
 
 def units_of_tree_lines(config, block):
@@ -265,14 +266,15 @@ def trees_of_messages(blocks, config):
                 continue
             ids.add(key)
             (roots if parent is None else replies.setdefault(parent, [])).append(record)
-    units, n_reached = [], 0
+    units, n_lost = [], len(ids)
     for root in roots:
         messages = read_tree(root, lambda message: replies.get(message['message_id'], []), config)
-        n_reached += len(messages)
-        units.append(unit_of_tree(_field(root, 'message_tree_id', (str,)) or root['message_id'], messages, config))
-    lost = {'messages without a root': len(ids) - n_reached, 'messages repeated': n_repeated}
-    yield [*broken, Unit(key='\0', counts={name: n for name, n in lost.items() if n})]
-    units = iter(units)
+        n_lost -= len(messages)
+        key = _field(root, 'message_tree_id', (str,)) or root['message_id']
+        units.append(unit_of_tree(key, messages, config, lines=len(messages)))
+    lost = {'messages without a root': n_lost, 'messages repeated': n_repeated}
+    lost = Unit(key='\0', counts={name: n for name, n in lost.items() if n}, lines=n_lost + n_repeated)
+    units = iter([*units, lost, *broken])
     while block := list(islice(units, 200)):
         yield block
 
@@ -283,15 +285,16 @@ def given_units(units):
 
 
 def is_flat(path):
-    """Whether the file holds flat messages; told by its first line that is an object."""
+    """Whether the file holds flat messages; told by its first line that is a tree or a message."""
+    found = 'no line with a JSON object'
     for block in pipeline.read_blocks(path):
         for _, record, problem in pipeline.parse_lines(*block):
             if not problem:
-                if 'prompt' not in record and 'message_id' not in record:
-                    raise UserError(f'{path} holds objects with the keys {", ".join(list(record)[:6])}; expected '
-                                    'message trees (prompt, message_tree_id) or messages (message_id, parent_id).')
-                return 'prompt' not in record
-    raise UserError(f'{path} has no line with a JSON object; expected one tree or one message a line.')
+                if 'prompt' in record or 'message_id' in record:
+                    return 'prompt' not in record
+                found = f'objects with the keys {", ".join(record)[:80]}'
+    raise UserError(f'{path} holds {found}; expected on each line a message tree (prompt, message_tree_id) '
+                    'or a message (message_id, parent_id).')
 
 
 def prepare(config, path, source, split_of=None):
@@ -307,7 +310,8 @@ def prepare(config, path, source, split_of=None):
         return pipeline.print_text(blocks, job)
     split_of = split_of or pipeline.split_by_hash(config.seed, val=config.val_fraction)
     options = {key: value for key, value in configurator.as_dict(config).items() if key not in ('out_dir', 'input')}
-    return pipeline.export(blocks, job, split_of, config.out_dir, ('train', 'val'), source, options)
+    return pipeline.export(blocks, job, split_of, config.out_dir, ('train', 'val'), source, options,
+                           by_key=True)
 
 
 def main(argv):
@@ -323,7 +327,10 @@ def main(argv):
                   'licence': LICENCE}
     prepare(config, path, {'source': source, 'seed': config.seed, 'split_rule': 'hash of the tree id'})
     if not config.stdout:
-        print(f'wrote {os.path.relpath(config.out_dir)}/{{train,val}}.bin. Next: python train.py config/finetune_oasst.py')
+        data_dir, dataset = os.path.split(os.path.abspath(config.out_dir))
+        elsewhere = '' if config.out_dir == HERE else f' --data_dir={data_dir} --dataset={dataset}'
+        shown = min(config.out_dir, os.path.relpath(config.out_dir), key=len)
+        print(f'wrote {shown}. Next: python train.py config/finetune_oasst.py{elsewhere}')
 
 
 if __name__ == '__main__':
