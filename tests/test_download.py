@@ -29,6 +29,7 @@ class Server:
             def log_message(self, *_):
                 pass
         self.httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.httpd.handle_error = lambda *_: None  # that we hang up is meant
         self.url = f'http://127.0.0.1:{self.httpd.server_port}/file.gz'
         threading.Thread(target=self.httpd.serve_forever, args=(0.01,), daemon=True).start()
 
