@@ -94,13 +94,19 @@ def load(name, tags=True):
 
 def from_state(state):
     """The Tokenizer of a state. UserError where its vocabulary is not what its hash says."""
-    if state['tokens'] is None:
-        tokenizer = load(state['name'], state['tags'])
-    else:
-        tokenizer = Tokenizer(state['name'], [to_bytes(token) for token in state['tokens']], state['tags'])
-    if tokenizer.sha256 != state['sha256']:
-        raise UserError(f"the vocabulary {state['name']!r} does not have the hash that is stored with it. "
-                        'The file is damaged, or was edited.')
+    try:
+        name, tokens = state['name'], state.get('tokens')
+        if tokens is not None:
+            tokenizer = Tokenizer(name, [to_bytes(token) for token in tokens], state['tags'])
+        elif name == 'gpt2':
+            tokenizer = load('gpt2', state['tags'])
+        else:
+            raise ValueError('its tokens are missing')
+        if tokenizer.sha256 != state['sha256']:
+            raise ValueError('it does not have the hash that is stored with it')
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f'the vocabulary that is stored here cannot be used: {type(error).__name__} {error}. '
+                        'The file is damaged, or was edited.') from None
     return tokenizer
 
 

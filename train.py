@@ -110,10 +110,8 @@ def start_model(config, folders):
             raise UserError(f"{folder} is of the template {meta['template']!r}; known are {', '.join(TEMPLATES)}.")
     if len({meta['tokenizer']['sha256'] for meta in metas}) > 1:
         raise UserError(f'the data sets {config.dataset} were prepared with different vocabularies.')
-    name, tags = metas[0]['tokenizer']['name'], any(TEMPLATES[meta['template']].tags for meta in metas)
-    vocabulary = tokenizers.load(name if name == 'gpt2' else os.path.join(folders[0], name), tags)
-    if vocabulary.sha256 != metas[0]['tokenizer']['sha256']:
-        raise UserError(f'{folders[0]} was prepared with another vocabulary than {name!r} is now. Prepare it again.')
+    tags = any(TEMPLATES[meta['template']].tags for meta in metas)
+    vocabulary = tokenizers.from_state({**metas[0]['tokenizer'], 'tags': tags})
     if config.init_from == 'scratch':
         torch.manual_seed(config.seed)
         shape = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'bias')}

@@ -171,7 +171,8 @@ def encoded_blocks(blocks, job):
 def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
     """Write the token files of a source and print the table; returns what meta.json says.
 
-    by_key: units stand in the order of their keys, so that their order in the source does not matter.
+    by_key: units stand in the order of their keys, whatever their order in the source; that takes
+    all of them in memory at once, where otherwise each block is written as it comes.
     """
     seen = truncated = n_lines = 0
     dropped, counts, broken, keys = Counter(), Counter(), [], set()
@@ -197,11 +198,10 @@ def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
                 truncated += n_truncated
                 if n_kept:
                     units_of[split_of(unit.key)].append((unit.key, *arrays))
+            if not by_key:
+                _write(writer, units_of, by_key)
         check_broken(broken, n_lines)
-        for split, units in units_of.items():
-            if units:
-                _, *arrays = zip(*sorted(units, key=itemgetter(0)) if by_key else units)
-                writer.add(split, *map(np.concatenate, arrays))
+        _write(writer, units_of, by_key)
         kept = sum(counts['conversations'] for counts in writer.counts.values())
         assert seen == kept + dropped.total(), (seen, kept, dropped)
         if not kept:
@@ -214,6 +214,15 @@ def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
     meta['splits'] = writer.counts
     print(table(meta))
     return meta
+
+
+def _write(writer, units_of, by_key):
+    """Write the collected units, in the order of their keys or as they came, and forget them."""
+    for split, units in units_of.items():
+        if units:
+            _, *arrays = zip(*sorted(units, key=itemgetter(0)) if by_key else units)
+            writer.add(split, *map(np.concatenate, arrays))
+            units.clear()
 
 
 def print_text(blocks, job):

@@ -36,7 +36,7 @@ def data(tmp_path_factory):
             turns = [Turn('user', ' '.join(words)), Turn('assistant', ' '.join(reversed(words)))]
             ids, mask, _ = encode(turns, bpe)
             writer.add('val' if i % 8 == 7 else 'train', ids, mask, [len(ids)])
-        writer.finish({'template': 'xml', 'tokenizer': {'name': 'tokenizer.json', 'sha256': bpe.sha256}})
+        writer.finish({'template': 'xml', 'tokenizer': bpe.state()})
     return str(base)
 
 
@@ -195,7 +195,6 @@ def test_without_validation_data_it_trains_and_saves(data, tmp_path):
     folder = tmp_path / 'data' / 'colours'
     split = tokenfile.Split([os.path.join(data, 'colours')], 'train')
     os.makedirs(folder)
-    (folder / 'tokenizer.json').write_text(open(os.path.join(data, 'colours', 'tokenizer.json')).read())
     with tokenfile.Writer(str(folder), ('train', 'val')) as writer:
         for ids, mask in (split[i] for i in range(20)):
             writer.add('train', ids, mask, [len(ids)])
