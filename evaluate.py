@@ -272,7 +272,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right } td:first-child, th:first-child { text-align: left; padding-left: 0 }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right } td:first-child, th:first-child { text-align: left; padding-left: 0; min-width: 9rem }
+@media (max-width: 40rem) { table { font-size: .85rem } td, th { padding: .3rem .4rem } }
 section { border-top: 1px solid var(--line); padding: 1rem 0 } .prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .8rem; margin-top: .6rem }
 .side > div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0 }

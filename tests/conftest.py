@@ -11,6 +11,8 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared')  # real data beside the repository, where there is any
 sys.path.insert(0, ROOT)
+# The models here are tiny: a second thread gains nothing, and beside a busy program the two wait for each other.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(SHARED, 'tiktoken'))
 
