@@ -208,7 +208,8 @@ def measure(name, config, folder, questions, device, dtype):
     opened = checkpoint.open_model(name, which=config.which, tags=needs_tags)
     opened.model.to(device, dtype).eval()
     tuned = opened.template
-    result = {'model': name, 'description': opened.description, 'template': tuned or 'question',
+    in_data = tuned or ('question' if needs_tags or not folder else meta['template'])  # asked the data set's prompts
+    result = {'model': name, 'description': opened.description, 'template': in_data,
               'parameters': sum(p.numel() for p in opened.model.parameters())}
     how = dict(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     sampled = dict(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
@@ -220,8 +221,7 @@ def measure(name, config, folder, questions, device, dtype):
         result |= {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': n_tokens}
         pairs = prompts_of(split, opened.tokenizer, meta['template'], config.answers)
         if pairs:
-            template = tuned or ('question' if needs_tags else meta['template'])
-            given = answer_all(opened, template, [turns for turns, _ in pairs], **how, what=f'{name}: answers')
+            given = answer_all(opened, in_data, [turns for turns, _ in pairs], **how, what=f'{name}: answers')
             result['form'] = form(given, opened.tokenizer)
             result['answers'] = [{'prompt': [t.text + (f'\n\n{t.context}' if t.context else '') for t in turns], 'expected': expected,
                                   'answer': a.text, 'stopped': a.stopped} for (turns, expected), a in zip(pairs, given)]
