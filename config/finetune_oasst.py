@@ -3,6 +3,7 @@
     python data/oasst/prepare.py
     python train.py config/finetune_oasst.py
     python sample.py --out_dir=out/oasst --user="What's the capital of France?"
+    python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst --quiz=capitals   # before and after
 
 Needs about 12 GB on a GPU: 355 M parameters in float32 with gradients and AdamW's two moments are
 355e6 * 16 bytes = 5.7 GB, the rest is what a micro-batch keeps for the way back. Less memory:
