@@ -5,8 +5,8 @@
 
 Each country is asked for by its capital and each capital by its country, in many wordings, made of
 remarks, sentences, fillers and slips of the keyboard. What is never learned: the wordings of VAL (the
-val split, by which the training was chosen), those of QUIZ (the demo's questions, by which nothing
-was chosen), and a few pairs (place, direction) in any wording, although the same place is learned in
+val split, by which the training was chosen), those of QUIZ (the demo's questions; the first of each
+direction was also scored in early trials, the others chose nothing), and a few pairs (place, direction) in any wording, although the same place is learned in
 the other direction. The trees go the way of OASST's, through data/oasst/prepare.py.
 
 capitals.csv: the 193 members and the two observers of the United Nations, one capital each: where
