@@ -13,19 +13,23 @@ Source: Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/enc
 import hashlib
 import json
 import os
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import tiktoken
-from tiktoken_ext.openai_public import gpt2 as gpt2_vocabulary
+from tiktoken.load import read_file_cached
 
 from configurator import UserError
 
 END_OF_TEXT = '<|endoftext|>'
 TAGS = ('<conversation>', '</conversation>', '<user>', '</user>', '<assistant>', '</assistant>')
 
-# How GPT-2 splits text before merging: contractions, words, numbers, signs, white space.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How GPT-2 splits text before merging: contractions, words, numbers, signs, white space. As tiktoken
+# writes it: the same pieces as the original's, found without trying others first.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+# The pairs that GPT-2 merges, in order, where tiktoken has them from.
+GPT2_MERGES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe'
+GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
 GPT2_SHA256 = 'e9e45993123ec6a64707a12a963fa02d1c51d715b1f66650519ed8c417fbfaff'  # Tokenizer.sha256 of its tokens
 
 
@@ -38,8 +42,11 @@ class Tokenizer:
         self.special = {piece: n + i for i, piece in enumerate((END_OF_TEXT, *TAGS)[:7 if tags else 1])}
         self.end_of_text = n
         self.vocab_size = n + len(self.special)
-        self._bpe = tiktoken.Encoding(name, pat_str=PATTERN, special_tokens=self.special,
-                                      mergeable_ranks={token: i for i, token in enumerate(tokens)})
+
+    @cached_property
+    def _bpe(self):
+        return tiktoken.Encoding(self.name, pat_str=PATTERN, special_tokens=self.special,
+                                 mergeable_ranks={token: i for i, token in enumerate(self.tokens)})
 
     def encode(self, text):
         """Ordinary text -> uint32 array of ids, none of them special. ValueError for lone surrogates."""
@@ -84,12 +91,13 @@ def load(name, tags=True):
     if name != 'gpt2':
         return Tokenizer(os.path.basename(os.path.normpath(name)), _read_folder(name), tags)
     try:
-        ranks = gpt2_vocabulary()['mergeable_ranks']
+        merges = read_file_cached(GPT2_MERGES, GPT2_MERGES_SHA256).decode().split('\n')[1:-1]
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: wrong hash
         raise UserError(f"GPT-2's vocabulary is not in tiktoken's cache and could not be downloaded "
                         f'({type(error).__name__}). Connect once, or set TIKTOKEN_CACHE_DIR to a '
                         'folder that has it.') from None
-    return Tokenizer('gpt2', sorted(ranks, key=ranks.get), tags)
+    # Twice as fast as tiktoken's own reading, which takes a second file to check the first by.
+    return Tokenizer('gpt2', [*map(to_bytes, _BYTE), *(to_bytes(merge.replace(' ', '')) for merge in merges)], tags)
 
 
 def from_state(state):
@@ -162,6 +170,7 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _CHAR = {b: chr(b) for b in _PRINTABLE}
 _CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in _CHAR)}
 _BYTE = {char: b for b, char in _CHAR.items()}
+_LATIN = dict.fromkeys(range(256), '\uffff') | {ord(char): b for char, b in _BYTE.items()}  # U+FFFF: no byte
 
 
 def to_unicode(token):
@@ -170,5 +179,5 @@ def to_unicode(token):
 
 
 def to_bytes(token):
-    """The other way; KeyError for a character that stands for no byte."""
-    return bytes(_BYTE[char] for char in token)
+    """The other way; ValueError for a character that stands for no byte."""
+    return token.translate(_LATIN).encode('latin-1')

@@ -18,7 +18,6 @@ if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
 
 import tokenizer
 
-GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.', 'What is the capital of Japan?',
          "It's one of 12 words; they're done.\n\n    print('hello')\n", 'Grüße! Привет. こんにちは 🙂 <user>']
 
@@ -27,9 +26,8 @@ TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.', 'What is
 def gpt2():
     """GPT-2's own vocabulary with the tags, where tiktoken has it in its cache."""
     cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    for name in ('vocab.bpe', 'encoder.json'):
-        if not os.path.exists(os.path.join(cache, hashlib.sha1((GPT2_URL + name).encode()).hexdigest())):
-            pytest.skip(f"GPT-2's {name} is not in tiktoken's cache, {cache}")
+    if not os.path.exists(os.path.join(cache, hashlib.sha1(tokenizer.GPT2_MERGES.encode()).hexdigest())):
+        pytest.skip(f"GPT-2's vocab.bpe is not in tiktoken's cache, {cache}")
     return tokenizer.load('gpt2')
 
 
