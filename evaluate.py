@@ -25,7 +25,9 @@ import conversation
 import tokenfile
 from configurator import UserError
 from conversation import Turn
-from model import generate, pick_device, pick_dtype
+from decoding import DTYPES, generate, prepare
+from kernels import keep_freed_memory
+from model import pick_device
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Config:
     # where
     out_dir: str = 'out/report'  # for report.json and report.html
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
-    dtype: str = 'float32'     # of the weights: float32, bfloat16, float16, auto
+    dtype: str = 'float32'     # of the weights: float32, bfloat16, float16, int8, auto
 
     def problems(self):
         """What cannot work, a sentence each."""
@@ -201,16 +203,17 @@ def prompts_of(split, tokenizer, template, n):
     return found
 
 
-def measure(name, config, folder, questions, device, dtype):
+def measure(name, config, folder, questions, device):
     """Everything the report says of one model, as a dict of plain values."""
     meta = tokenfile.read_meta(folder) if folder else {}
     needs_tags = bool(folder) and conversation.TEMPLATES[meta['template']].tags
     opened = checkpoint.open_model(name, which=config.which, tags=needs_tags)
-    opened.model.to(device, dtype).eval()
+    n_parameters = sum(p.numel() for p in opened.model.parameters())
+    prepare(opened.model, device, config.dtype)
     tuned = opened.template
     in_data = tuned or ('question' if needs_tags or not folder else meta['template'])  # asked the data set's prompts
     result = {'model': name, 'description': opened.description, 'template': in_data,
-              'parameters': sum(p.numel() for p in opened.model.parameters())}
+              'parameters': n_parameters}
     how = dict(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     sampled = dict(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
     if folder:
@@ -321,11 +324,11 @@ def page(results, config, questions):
 def main(argv):
     """The script."""
     config = configurator.load(Config, argv)
+    keep_freed_memory()
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     folder = tokenfile.find_folders(config.dataset, config.data_dir)[0] if config.dataset else None
     questions = quiz_questions(config) if config.quiz else []
-    results = [measure(name.strip(), config, folder, questions, device, dtype) for name in config.models.split(',')]
+    results = [measure(name.strip(), config, folder, questions, device) for name in config.models.split(',')]
     print(table(results))
     try:
         os.makedirs(config.out_dir, exist_ok=True)

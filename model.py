@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
+from kernels import LinearCrossEntropy
 
 VOCAB_MULTIPLE = 128  # of rows in the embedding: what matrix units like
 
@@ -69,12 +70,13 @@ class GPT(nn.Module):
         assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
         self.config = config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wte=nn.Embedding.from_pretrained(torch.empty(config.padded_vocab_size, config.n_embd), freeze=False),
+            wpe=nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias)))
-        for name, p in self.named_parameters():
+        self.unembed = None  # decoding.prepare puts a faster way to multiply by wte here
+        for name, p in [] if self.device.type == 'meta' else self.named_parameters():
             # GPT-2's start: 0.02, and smaller where a layer adds to the stream, which 2 n_layer do.
             if name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -98,7 +100,8 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(..., C) -> logits (..., vocab_size); the padding rows are cut off."""
-        return F.linear(x, self.transformer.wte.weight)[..., :self.config.vocab_size]
+        logits = self.unembed(x) if self.unembed else F.linear(x, self.transformer.wte.weight)
+        return logits[..., :self.config.vocab_size]
 
     def forward(self, idx):
         """Logits (B, T, vocab_size) of idx (B, T) int64, each row a text of its own."""
@@ -116,7 +119,7 @@ class GPT(nn.Module):
         idx, positions, at, targets = (torch.as_tensor(part, device=self.device) for part in
                                        (batch.idx, batch.positions, batch.at, batch.targets))
         x = self.body(idx, positions, DocumentAttention(batch.runs, self.config.n_head))
-        return F.cross_entropy(self.head(x[at]).float(), targets, reduction='sum')
+        return LinearCrossEntropy.apply(x[at], self.transformer.wte.weight, targets, self.config.vocab_size)
 
     def compile(self):
         """torch.compile the two halves of a layer: all layers share one compiled pair."""
@@ -165,10 +168,11 @@ class DocumentAttention:
             return self.varlen(qkv)
         padding = N - sum(self.sizes)
         out = []
-        for (n, length), part in zip(self.runs, qkv.split(self.sizes + [padding])):
-            q, k, v = part.view(n, length, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (n, n_head, length, C / n_head)
-            out.append(y.transpose(1, 2).reshape(n * length, C))
+        with torch.autocast(qkv.device.type, enabled=False):  # a CPU's kernel is faster in float32 than in bfloat16
+            for (n, length), part in zip(self.runs, qkv.float().split(self.sizes + [padding])):
+                q, k, v = part.view(n, length, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (n, n_head, length, C / n_head)
+                out.append(y.transpose(1, 2).reshape(n * length, C))
         return torch.cat(out + [qkv.new_zeros(padding, C)] if padding else out)
 
     def varlen(self, qkv):
@@ -184,116 +188,6 @@ class DocumentAttention:
         q, k, v = (part.contiguous() for part in qkv.view(len(qkv), 3, self.n_head, -1).unbind(1))
         return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest,
                            window_size=(-1, 0)).reshape(len(qkv), -1)
-
-
-class KVCache:
-    """Keys and values (n_layer, B, n_head, n_positions, C / n_head) of B texts of any lengths."""
-
-    def __init__(self, model, B, n_positions):
-        c, wte = model.config, model.transformer.wte.weight
-        self.k = wte.new_zeros(c.n_layer, B, c.n_head, n_positions, c.n_embd // c.n_head)
-        self.v = torch.zeros_like(self.k)
-        self.lengths = [0] * B  # how many positions of each text are filled
-        self.mask = None  # (B, 1, 1, n) bool, which of them each text may see, where they differ
-
-    def __call__(self, layer, qkv):
-        """qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
-        _, B, n_head, _, size = self.k.shape
-        q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)  # each (B, n_head, t, size)
-        keys, values, end = self.k[layer], self.v[layer], max(self.lengths) + q.shape[2]
-        if self.mask is None:
-            keys[:, :, self.lengths[0]:end], values[:, :, self.lengths[0]:end] = k, v
-        else:
-            rows, at = self.at
-            keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
-        y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], self.mask, is_causal=q.shape[2] > 1)
-        return y.transpose(1, 2).reshape(len(qkv), -1)
-
-    def step(self, model, idx):
-        """Feed idx (B, t), the next tokens of each text -> logits (B, vocab_size) after the last.
-
-        t > 1 only where nothing is filled yet: causal attention of several new positions starts there.
-        """
-        B, t = idx.shape
-        assert t == 1 or not any(self.lengths), (t, self.lengths)
-        lengths, end = torch.tensor(self.lengths, device=idx.device), max(self.lengths) + t
-        self.mask = None
-        if len(set(self.lengths)) > 1:  # a text must not see the unfilled positions behind its end
-            self.at = torch.arange(B, device=idx.device), lengths
-            self.mask = (torch.arange(end, device=idx.device) <= lengths[:, None])[:, None, None]
-        positions = (lengths[:, None] + torch.arange(t, device=idx.device)).reshape(-1)
-        x = model.body(idx.reshape(-1), positions, self).view(B, t, -1)
-        self.lengths = [length + t for length in self.lengths]
-        return model.head(x[:, -1])
-
-    def read(self, model, prompts):
-        """Fill the empty cache with the prompts, a list of B lists of ids -> logits (B, vocab_size)."""
-        logits = [None] * len(prompts)
-        for length in sorted({len(prompt) for prompt in prompts}):
-            rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            part = KVCache(model, len(rows), length)
-            found = part.step(model, torch.tensor([prompts[i] for i in rows], device=self.k.device))
-            self.k[:, rows, :, :length], self.v[:, rows, :, :length] = part.k, part.v
-            for i, row in zip(rows, found):
-                logits[i] = row
-        self.lengths = [len(prompt) for prompt in prompts]
-        return torch.stack(logits)
-
-    def repeat(self, n):
-        """Each text n times: a prefill shared by n samples."""
-        self.k, self.v = (x.repeat_interleave(n, dim=1) for x in (self.k, self.v))
-        self.lengths = [length for length in self.lengths for _ in range(n)]
-
-    def keep(self, rows):
-        """Only these texts, a list of row numbers."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.lengths = [self.lengths[row] for row in rows]
-
-
-@torch.inference_mode()
-def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, seed=0, stops=()):
-    """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
-
-    prompts: lists of ids, of any lengths; each is read once for all of its samples. In a step's list
-    stands None for an answer that has ended: with a token of `stops` the step before, or because its
-    window is full, since learned positions cannot be moved on. The generator ends when all have, or
-    after max_new_tokens. temperature=0 is greedy.
-    """
-    window = model.config.block_size
-    assert all(0 < len(prompt) <= window for prompt in prompts), [len(prompt) for prompt in prompts]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    cache = KVCache(model, len(prompts), min(window, max(map(len, prompts)) + max_new_tokens - 1))
-    logits = cache.read(model, prompts).repeat_interleave(num_samples, dim=0)
-    cache.repeat(num_samples)
-    rows = list(range(len(logits)))  # which answer each row of the cache belongs to
-    for step in range(max_new_tokens):
-        idx = choose(logits.float(), temperature, top_k, top_p, generator)
-        tokens, found = idx.tolist(), [None] * (len(prompts) * num_samples)
-        for row, token in zip(rows, tokens):
-            found[row] = token
-        yield found
-        going_on = [i for i, token in enumerate(tokens) if token not in stops and cache.lengths[i] < window]
-        if not going_on or step == max_new_tokens - 1:
-            return
-        if len(going_on) < len(rows):
-            cache.keep(going_on)
-            rows, idx = [rows[i] for i in going_on], idx[going_on]
-        logits = cache.step(model, idx[:, None])
-
-
-def choose(logits, temperature, top_k, top_p, generator):
-    """Tokens (B,) int64 for logits (B, V) float32: the likeliest, or drawn from what top_k and top_p leave."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    if top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        probabilities = ranked.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # the mass of all that are likelier
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 # ---- weights in and out of transformers' form ----
@@ -327,7 +221,7 @@ def from_transformers(config, weights, dropout=0.0):
         for name, p in model.state_dict().items():
             tensor = weights[name].float()
             if name.endswith(TRANSPOSED):
-                tensor = tensor.t().contiguous()
+                tensor = tensor.t()  # not moved here: a third of the time from the command to the first token
             if name == 'transformer.wte.weight':
                 tensor = F.pad(tensor, (0, 0, 0, p.shape[0] - tensor.shape[0]))
             if tensor.shape != p.shape:

@@ -11,14 +11,14 @@ import codecs
 import sys
 from dataclasses import dataclass
 
-import torch
-
 import checkpoint
 import configurator
 import conversation
 from configurator import UserError
 from conversation import Turn
-from model import generate, pick_device, pick_dtype
+from decoding import DTYPES, generate, prepare
+from kernels import keep_freed_memory
+from model import pick_device
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Config:
     seed: int = 1337           # the same seed gives the same text
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
-    dtype: str = 'auto'        # of the weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16
-    compile: bool = False      # accepted for nanoGPT's sake; not used in decoding
+    dtype: str = 'auto'        # of the weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16, int8
+    compile: bool = False      # with --dtype=int8: a faster kernel for one answer at a time; needs a C++ compiler
 
     def problems(self):
         """What cannot work, a sentence each."""
@@ -57,8 +57,8 @@ class Config:
             yield 'num_samples and max_new_tokens must be at least 1, and num_samples is 1 in a chat.'
         if not 0 <= self.temperature < float('inf') or self.top_k < 0 or not 0 < self.top_p <= 1:
             yield 'expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1.'
-        if self.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
-            yield f'dtype={self.dtype!r}: expected auto, float32, bfloat16 or float16.'
+        if self.dtype not in DTYPES:
+            yield f'dtype={self.dtype!r}: expected one of {", ".join(DTYPES)}.'
         if self.trim not in ('', 'sentence'):
             yield f'trim={self.trim!r}: expected sentence.'
         if self.seed < 0:
@@ -172,10 +172,10 @@ def chat(config, opened, template):
 def main(argv):
     """The script."""
     config = configurator.load(Config, argv)
+    keep_freed_memory()
     device = pick_device(config.device)
-    dtype = torch.float32 if config.dtype == 'auto' and 'cuda' not in device else pick_dtype(config.dtype, device)
     opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, tags=config.template == 'xml')
-    opened.model.to(device, dtype).eval()
+    dtype = prepare(opened.model, device, config.dtype, config.compile)
     template = config.template or opened.template
     if not template and not config.start:
         raise UserError(f'{opened.description} was never tuned here and has no template of its own. '
@@ -183,7 +183,7 @@ def main(argv):
     if template and conversation.TEMPLATES[template].tags and not opened.tokenizer.tags:
         raise UserError(f'{opened.description} was tuned without the tags that the template {template!r} needs. '
                         f'Its own is {opened.template!r}.')
-    print(f'{opened.description}, on {device} in {str(dtype)[6:]}', file=sys.stderr)
+    print(f'{opened.description}, on {device} in {dtype}', file=sys.stderr)
     (chat if config.chat else ask_once)(config, opened, template)
 
 

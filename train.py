@@ -23,6 +23,7 @@ import tokenfile
 import tokenizer as tokenizers
 from configurator import UserError
 from conversation import TEMPLATES
+from kernels import keep_freed_memory
 from model import GPT, GPTConfig, autocast, pick_dtype
 from processes import processes
 
@@ -339,6 +340,7 @@ def train(config, procs):
 def main(argv):
     """The script."""
     config = configurator.load(Config, argv)
+    keep_freed_memory()
     if config.init_from == 'resume':  # the keys of that run are the defaults of this one
         saved = checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['config']
         here = {'init_from': 'resume', 'out_dir': config.out_dir}

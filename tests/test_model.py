@@ -7,7 +7,8 @@ import torch
 
 import tokenfile
 from configurator import UserError
-from model import GPT, GPTConfig, DocumentAttention, choose, from_transformers, generate, to_transformers
+from decoding import choose, generate
+from model import GPT, GPTConfig, DocumentAttention, from_transformers, to_transformers
 
 TINY = dict(n_layer=2, n_head=4, n_embd=64, block_size=48, vocab_size=211)
 
