@@ -6,6 +6,7 @@
 All have the shape of gpt2-medium and random weights, and write the same number of tokens; what is
 timed is a whole call, with the reading of the prompt.
 """
+import re
 import sys
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class Config:
     device: str = 'cpu'         # or cuda
     nanogpt: str = 'nanoGPT'    # a clone of https://github.com/karpathy/nanoGPT, for its player
     player: str = ''            # set by the referee
+
+    def problems(self):
+        """What cannot work, a sentence each."""
+        for name in self.players.split(','):
+            if not re.fullmatch(r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?', name):
+                yield f'players={name!r}: expected ours, hf or nanogpt, a dash and a dtype; or ours-int8-compiled.'
 
 
 def make_player(config):

@@ -9,6 +9,7 @@ supervised tokens they learn in a second. trl-default and hf-default are what th
 first example does; the players ending in -best and -f32 have what made them faster here switched on.
 """
 import os
+import re
 import sys
 import tempfile
 import time
@@ -42,6 +43,10 @@ class Config:
         """What cannot work, a sentence each."""
         if self.shape not in SHAPES:
             yield f'shape={self.shape!r}: expected one of {", ".join(SHAPES)}.'
+        for name in self.players.split(','):
+            if not re.fullmatch(r'gemm|(ours|nanogpt)(-f32)?(-compiled)?|(trl|hf)-(default|(best|f32)(-padded)?(-sorted)?(-compiled)?)', name):
+                yield (f'players={name!r}: expected gemm, ours, nanogpt, trl-default, trl-best, hf-default, hf-best, '
+                       'or one of them with -compiled, -padded, -sorted, or -f32 instead of -best.')
 
 
 def synchronize(config):
@@ -59,8 +64,9 @@ def play_ours(stage, config):
     n_layer, n_head, n_embd = SHAPES[config.shape]
     folder, name = os.path.split(os.path.abspath(config.data))
     settings = train.Config(init_from='scratch', dataset=name, data_dir=folder, block_size=config.block_size, n_layer=n_layer,
-                            n_head=n_head, n_embd=n_embd, batch_size=config.batch_size, gradient_accumulation_steps=config.gradient_accumulation_steps,
-                            device=config.device, compile='compiled' in config.player,
+                            n_head=n_head, n_embd=n_embd, batch_size=config.batch_size,
+                            gradient_accumulation_steps=config.gradient_accumulation_steps, device=config.device,
+                            compile='compiled' in config.player,
                             dtype='float32' if 'f32' in config.player else 'bfloat16')
     folders = tokenfile.find_folders(name, folder)
     rows = tokenfile.Rows(tokenfile.Split(folders, 'train'), config.block_size, settings.seed)
