@@ -9,7 +9,7 @@ with the lowest val_loss, without the optimizer.
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from conversation import TEMPLATES
 from model import GPT, GPTConfig, from_transformers
 
 FORMAT_VERSION = 1
-KEYS = ('format_version', 'model', 'model_args', 'template', 'tokenizer', 'config', 'step', 'val_loss')
+KEYS = {'format_version': int, 'model': dict, 'model_args': dict, 'template': str, 'tokenizer': dict, 'config': dict,
+        'step': int, 'val_loss': (float, type(None))}
 HUB_NAMES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2', 'microsoft/DialoGPT-small',
              'microsoft/DialoGPT-medium', 'microsoft/DialoGPT-large')
 
@@ -60,6 +61,7 @@ def load(path, map_location='cpu'):
     try:
         contents = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
         missing = [key for key in KEYS if key not in contents]
+        wrong = [key for key in KEYS if key not in missing and not isinstance(contents[key], KEYS[key])]
     except Exception as error:  # the reader meets whatever a damaged or hostile file makes it meet
         reason = str(error).strip().split('\n')[0][:120]
         raise UserError(f'{path} is not a checkpoint that can be read safely: {type(error).__name__} {reason}') from None
@@ -67,6 +69,8 @@ def load(path, map_location='cpu'):
         found = contents.get('format_version') if isinstance(contents, dict) else None
         raise UserError(f'{path} is not a checkpoint of format {FORMAT_VERSION}: found format {found!r}, '
                         f'missing {", ".join(missing) or "nothing"}.')
+    if wrong:
+        raise UserError(f'{path} is not a checkpoint of this code: wrong types of {", ".join(wrong)}.')
     return contents
 
 
@@ -83,6 +87,9 @@ def from_contents(contents, description=''):
     """The Opened model of a checkpoint's dict; UserError where its parts do not fit together."""
     try:
         config, state = GPTConfig(**contents['model_args']), contents['model']
+        shape = asdict(config)
+        if any(type(shape[field.name]) is not field.type for field in fields(config)) or min(shape.values()) < 0:
+            raise ValueError(f'model_args are {shape}')
         if sum(name.endswith('.ln_1.weight') for name in state) != config.n_layer:  # before a billion are made
             raise ValueError('the number of layers')
         with torch.device('meta'):
@@ -91,7 +98,7 @@ def from_contents(contents, description=''):
         tokenizer, template = tokenizers.from_state(contents['tokenizer']), contents['template']
         if tokenizer.vocab_size != config.vocab_size or TEMPLATES[template].tags > tokenizer.tags:
             raise ValueError('the vocabulary')
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise UserError(f'{description} does not fit together: {type(error).__name__} {reason}') from None
     return Opened(model, tokenizer, template, description, contents)
@@ -132,10 +139,13 @@ def _open_transformers(init_from, vocabulary):
             config = json.load(file)
         if not isinstance(config, dict):
             raise ValueError(f'config.json holds a {type(config).__name__}')
-        model = from_transformers(config, _read_weights(folder))
+        weights = _read_weights(folder)
+        if sum(name.endswith('ln_1.weight') for name in weights) != config.get('n_layer'):  # before a billion are made
+            raise ValueError(f"config.json has n_layer={config.get('n_layer')!r}, the weights another number of layers")
+        model = from_transformers(config, weights)
     except UserError as error:
         raise UserError(f'{init_from} cannot be used: {error}') from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{init_from} is not a model folder in transformers' form: {error}. "
                         'Expected config.json and model.safetensors.') from None
     own = any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))

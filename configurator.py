@@ -57,7 +57,11 @@ def load(keys, argv, defaults=None):
         sys.exit(0)
     types = {field.name: field.type for field in dataclasses.fields(keys)}
     values = {field.name: (defaults or {}).get(field.name, field.default) for field in dataclasses.fields(keys)}
-    mistakes, unread = [], set()
+    mistakes = [f'{name}={str(value)[:60]!r} was saved: expected {_EXPECTED[types[name]]}'
+                for name, value in (defaults or {}).items() if name in types and type(value) is not types[name]]
+    if mistakes:  # of a checkpoint that somebody else has made
+        raise UserError('\n'.join(mistakes))
+    unread = set()
 
     def assign(name, read, where):
         if name not in types:

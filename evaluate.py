@@ -196,7 +196,10 @@ def prompts_of(split, tokenizer, template, n):
     """The first n conversations of a split: [(turns up to the last answer, that answer)]."""
     found = []
     for i in range(min(n, len(split))):
-        turns = conversation.decode(*split[i], tokenizer, template)
+        try:
+            turns = conversation.decode(*split[i], tokenizer, template)
+        except ValueError as error:
+            raise UserError(f'conversation {i} of split {split.name!r} is {error}. Prepare the folder again.') from None
         last = max((k for k, turn in enumerate(turns) if turn.role == 'assistant'), default=0)
         if last:
             found.append((turns[:last], turns[last].text))
@@ -206,6 +209,8 @@ def prompts_of(split, tokenizer, template, n):
 def measure(name, config, folder, questions, device):
     """Everything the report says of one model, as a dict of plain values."""
     meta = tokenfile.read_meta(folder) if folder else {}
+    if folder and meta['template'] not in conversation.TEMPLATES:
+        raise UserError(f"{folder} is of the template {meta['template']!r}; known are {', '.join(conversation.TEMPLATES)}.")
     needs_tags = bool(folder) and conversation.TEMPLATES[meta['template']].tags
     opened = checkpoint.open_model(name, which=config.which, tags=needs_tags)
     n_parameters = sum(p.numel() for p in opened.model.parameters())
@@ -217,9 +222,9 @@ def measure(name, config, folder, questions, device):
     how = dict(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     sampled = dict(temperature=config.temperature, top_k=config.top_k, seed=config.seed)
     if folder:
-        split = tokenfile.Split([folder], config.split)
         if meta['tokenizer']['sha256'] != opened.tokenizer.sha256:
             raise UserError(f'{name} has another vocabulary than {folder}: {opened.tokenizer.name}, not {meta["tokenizer"]["name"]}.')
+        split = tokenfile.Split([folder], config.split, vocab_size=opened.tokenizer.vocab_size)
         loss, n_tokens = response_loss(opened.model, split, f'{name}: loss')
         result |= {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': n_tokens}
         pairs = prompts_of(split, opened.tokenizer, meta['template'], config.answers)

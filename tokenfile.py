@@ -138,12 +138,17 @@ class Split:
     """One split of one or more prepared folders: conversation i -> its ids and its loss mask.
 
     loss_on='all' supervises every token but the first of each conversation, 'response' the mask.
-    lengths, n_supervised: (conversations,) int64. UserError for files that are missing or disagree.
+    lengths, n_supervised: (conversations,) int64. UserError for files that are missing or disagree,
+    and for ids that a vocabulary of vocab_size tokens does not have.
     """
 
-    def __init__(self, folders, split, loss_on='response'):
+    def __init__(self, folders, split, loss_on='response', vocab_size=2 ** 16):
         self.name, self.loss_on = split, loss_on
         self.files = [_open_split(folder, split) for folder in folders]
+        for folder, (ids, _, _) in zip(folders, self.files):
+            if len(ids) and ids.max() >= vocab_size:
+                raise UserError(f'{os.path.join(folder, split)}.bin has the id {ids.max()}, the vocabulary only '
+                                f'{vocab_size} tokens. Prepare the folder again.')
         self.first = np.cumsum([0] + [len(starts) - 1 for _, _, starts in self.files])
         self.lengths = np.concatenate([np.diff(starts) for _, _, starts in self.files])
         # A conversation's first token is in its context alone: nothing stands before it to predict it.

@@ -310,9 +310,9 @@ def train(config, procs):
     if os.path.exists(path) and not (config.init_from == 'resume' or config.overwrite or config.eval_only):
         raise UserError(f'{path} is there already. Go on with it: --init_from=resume; or replace it: '
                         '--overwrite=True; or use another --out_dir.')
-    train_rows = tokenfile.Rows(tokenfile.Split(folders, 'train', config.loss_on), config.block_size, config.seed)
-    val_split = tokenfile.Split(folders, 'val', config.loss_on)
-    val_rows = tokenfile.Rows(val_split, config.block_size) if len(val_split) else None
+    splits = {name: tokenfile.Split(folders, name, config.loss_on, opened.tokenizer.vocab_size) for name in ('train', 'val')}
+    train_rows = tokenfile.Rows(splits['train'], config.block_size, config.seed)
+    val_rows = tokenfile.Rows(splits['val'], config.block_size) if len(splits['val']) else None
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
     last_row = config.max_iters * rows_per_step
     if config.epochs:

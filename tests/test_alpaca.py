@@ -193,6 +193,8 @@ def test_broken_rows(run, capsys):
         run(json.dumps(ROWS + [1, None]))
     with pytest.raises(UserError, match='no row can be used; the first has the keys prompt, answer'):
         run([{'prompt': 'f', 'answer': 'g'}] * 3)
+    with pytest.raises(UserError, match=r'the first has the keys a\\nb\.'):  # in one line; found by the fuzzer
+        run([{'a\nb': 'g'}])
     with pytest.raises(UserError, match='no conversation was kept of 0 seen'):
         run('[]')
 

@@ -82,7 +82,9 @@ def test_planted_code_is_refused_and_not_run(tmp_path, write, name):
 @pytest.mark.parametrize('spoil, said', [
     (lambda c: c.pop('model'), 'missing model'), (lambda c: c.update(format_version=99), 'found format 99'),
     (lambda c: c['tokenizer'].update(sha256='0' * 64), 'hash'), (lambda c: c['model_args'].update(n_embd=8), 'does not fit'),
-    (lambda c: c['model'].pop('transformer.wpe.weight'), 'does not fit'), (lambda c: c.update(tokenizer=3), 'cannot be used'),
+    (lambda c: c['model'].pop('transformer.wpe.weight'), 'does not fit'), (lambda c: c.update(tokenizer=3), 'wrong types of tokenizer'),
+    (lambda c: c.update(val_loss=[]), 'wrong types of val_loss'), (lambda c: c.update(step='7'), 'wrong types of step'),  # by the fuzzer
+    (lambda c: c['model_args'].update(n_head=0), 'does not fit'), (lambda c: c['model_args'].update(block_size=True), 'does not fit'),
     (lambda c: c['tokenizer'].update(tokens=['Ā', 'no such byte: ☃']), 'cannot be used'),
     (lambda c: c.update(template='ximl'), 'does not fit')])
 def test_a_spoilt_checkpoint_is_refused_in_one_line(tmp_path, spoil, said):

@@ -155,6 +155,13 @@ def test_all_mistakes_are_reported_together(config_file):
         assert found in line
 
 
+@pytest.mark.parametrize('value', [None, '8', 8.0, [8]])
+def test_a_saved_value_of_a_wrong_type_is_a_line(value):
+    """A checkpoint's configuration may be a stranger's; found by the fuzzer."""
+    with pytest.raises(UserError, match='batch_size=.* was saved: expected a whole number'):
+        load(defaults={'batch_size': value})
+
+
 def test_a_problem_that_rests_on_an_unreadable_value_is_not_reported():
     assert mistakes('--n_head=5') == ['n_embd=768 is not a multiple of n_head=5.']
     assert mistakes('--n_head=5', '--n_embd=wide') == ["n_embd on the command line: found 'wide', expected a whole number"]

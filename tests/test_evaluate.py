@@ -127,3 +127,15 @@ def test_a_mistake_gets_one_line(tmp_path, data, keys, said):
     with pytest.raises(UserError) as error:
         run(tmp_path, models, data_dir=data, **keys)
     assert said in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name, spoil, said', [
+    ('val.bin', lambda data: b'\x07\x01' * (len(data) // 2), 'val.bin has the id 263, the vocabulary only 263 tokens'),
+    ('val.bin', lambda data: b'a\0' * (len(data) // 2), "conversation 0 of split 'val' is not a conversation of the template 'xml'"),
+    ('meta.json', lambda data: data.replace(b'"xml"', b'"ximl"'), "is of the template 'ximl'; known are xml, ")])
+def test_a_strangers_data_set_is_refused_in_a_line(data, tmp_path, name, spoil, said):
+    path = tmp_path / 'data' / 'small' / name
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        run(tmp_path, [model_folder(tmp_path / 'model')], dataset='small', data_dir=data)
+    assert said in str(error.value) and '\n' not in str(error.value)

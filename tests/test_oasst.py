@@ -450,6 +450,13 @@ def test_broken_flat_messages_are_counted_by_lines_not_by_trees(run, tmp_path):
     assert '4 of 304 lines are broken, more than 1%' in refused(run, tmp_path, lines(records) + bad + '5\n')
 
 
+def test_a_flat_message_with_an_odd_tree_id_is_broken(run):
+    """Found by the fuzzer: a traceback, since nothing looked at it before the trees were made."""
+    records = [record for i in range(100) for record in flat(tree(message(f'q{i}', '', message(f'a{i}'))))]
+    meta = run([*records, {**records[0], 'message_id': 'x', 'message_tree_id': 1}])
+    assert meta['broken_lines'] == 1 and meta['kept'] == 100 and "message_tree_id is int '1'" in meta['printed'].err
+
+
 def test_more_than_one_in_a_hundred_broken_lines_are_an_error(run, tmp_path):
     good = [tree(message(f'q{i}', '', message(f'a{i}'))) for i in range(198)]
     assert run(lines(good) + 'x\n[]\n', out='few')['broken_lines'] == 2  # 2 of 200
@@ -474,7 +481,8 @@ def test_a_line_that_is_too_long_is_broken(run, monkeypatch):
 
 @pytest.mark.parametrize('source, said', [
     (b'', 'holds no line with a JSON object'), (b'\n\n', 'holds no line with a JSON object'), (b'5\n[]\n', 'holds no line with a JSON object'),
-    (b'{"instruction": "x", "output": "y"}\n', 'holds objects with the keys instruction, output; expected on each line a message tree')])
+    (b'{"instruction": "x", "output": "y"}\n', 'holds objects with the keys instruction, output; expected on each line a message tree'),
+    (br'{"a\nb": 1}', r'holds objects with the keys a\nb; expected')])  # by the fuzzer
 def test_a_file_of_something_else_is_a_line(run, tmp_path, source, said):
     assert said in refused(run, tmp_path, source)
 

@@ -200,6 +200,14 @@ def test_wrong_values_are_refused_in_a_line(tmp_path, name, at, value):
         Split([str(tmp_path)], 'train')
 
 
+def test_an_id_that_the_vocabulary_has_not_is_refused_in_a_line(tmp_path):
+    """Found by the fuzzer: the model would have looked it up, and ended in a traceback, or on a GPU in much worse."""
+    split = of_lengths(tmp_path, [5, 5, 5])  # ids 0, 1 and 2
+    same(Split([str(tmp_path)], 'train', vocab_size=3), [split[i] for i in range(3)])
+    with pytest.raises(UserError, match='train.bin has the id 2, the vocabulary only 2 tokens. Prepare'):
+        Split([str(tmp_path)], 'train', vocab_size=2)
+
+
 @pytest.mark.parametrize('change, found', [
     (lambda meta: '', 'cannot be read'), (lambda meta: '{"format', 'cannot be read'), (lambda meta: '[]', 'cannot be read'),
     (lambda meta: 'null', 'cannot be read'), (lambda meta: '[' * 100_000, 'cannot be read'), (lambda meta: b'\xff\xfe{}', 'cannot be read'),

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,14 @@ def test_what_resuming_refuses(data, tmp_path):
     with pytest.raises(UserError, match="batch_size was 2 and cannot become 1"):
         run(data, tmp_path, init_from='resume', batch_size=1)
     assert run(data, tmp_path, max_iters=2, overwrite=True)['step'] == 2
+
+
+def test_ids_that_the_vocabulary_has_not_are_a_line(data, tmp_path):
+    shutil.copytree(data, tmp_path / 'data')
+    for path in (tmp_path / 'data').glob('**/train.bin'):
+        path.write_bytes(b'\xff' * path.stat().st_size)
+    with pytest.raises(UserError, match='train.bin has the id 65535, the vocabulary only'):
+        run(tmp_path / 'data', tmp_path / 'out')
 
 
 def test_a_mistake_on_the_command_line_exits_2_without_a_traceback(tmp_path):

@@ -284,7 +284,7 @@ def make_plan(path, config):
             pairs.add(pair)
         kept.append(not row.drop and not repeated[-1])
     if prompts and not any(kept):
-        raise UserError(f'{path}: no row can be used; the first has the keys {", ".join(keys)[:80]}. '
+        raise UserError(f'{path}: no row can be used; the first has the keys {repr(", ".join(keys)[:80])[1:-1]}. '
                         'Expected text under instruction, input and output.')
     prompts, split, kept = np.array(prompts, 'S8'), np.array(split, np.int8), np.array(kept, bool)
     if config.by_position:

@@ -255,7 +255,7 @@ def trees_of_messages(blocks, config):
                     raise Broken(problem)
                 record = {name: record[name] for name in KEPT_FIELDS if name in record}
                 key, parent = _field(record, 'message_id', (str,)), _field(record, 'parent_id', (str,))
-                _message(record, -1, config), _order(record)
+                _message(record, -1, config), _order(record), _field(record, 'message_tree_id', (str,))
                 if key is None:
                     raise Broken('message_id is missing')
             except Broken as error:
@@ -292,7 +292,7 @@ def is_flat(path):
             if not problem:
                 if 'prompt' in record or 'message_id' in record:
                     return 'prompt' not in record
-                found = f'objects with the keys {", ".join(record)[:80]}'
+                found = f'objects with the keys {repr(", ".join(record)[:80])[1:-1]}'  # repr: a key may hold anything
     raise UserError(f'{path} holds {found}; expected on each line a message tree (prompt, message_tree_id) '
                     'or a message (message_id, parent_id).')
 
