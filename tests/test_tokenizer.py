@@ -63,6 +63,22 @@ def test_tags_count_where_the_person_at_the_keyboard_writes_them(small):
     assert small.encode_with_tags('no tags').tolist() == small.encode('no tags').tolist()
 
 
+def test_long_runs_of_white_space_cut_out_give_the_same_ids(small, gpt2, monkeypatch):
+    rng, space = random.Random(5), '\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2003\u200a\u2028\u2029\u202f\u205f\u3000'
+    other = ["'s", 'the', '12', '!?', '\x1c', '\x1f', '\u200b', '\ufeff', '\u180e', 'é', '</user>', '<|endoftext|>', '\0']
+    texts = [''.join(rng.choice(other) if rng.random() < 0.3 else rng.choice(space[rng.choice((0, 5)):][:rng.choice((1, 99))]) * rng.choice((1, 1, 2, 5))
+                     for _ in range(rng.randrange(1, 12))) for _ in range(4000)]
+    whole = [[bpe.encode(text).tolist() for text in texts] for bpe in (small, gpt2)]
+    monkeypatch.setattr(tokenizer, 'LONG_RUN', 2)
+    assert [[bpe.encode(text).tolist() for text in texts] for bpe in (small, gpt2)] == whole
+
+
+@pytest.mark.parametrize('text', [' ' * 2_000_000, 'a' + '\n' * 1_500_000 + 'b', '\u3000 ' * 600_000 + ' x'])
+def test_millions_of_white_space_characters_are_encoded(small, text):
+    ids = small.encode(text)
+    assert small.decode(ids.tolist()) == text and ids.dtype == np.uint32
+
+
 @pytest.mark.parametrize('encode', ['encode', 'encode_with_tags'])
 def test_half_a_surrogate_pair_is_a_value_error(small, encode):
     for text in ('a\ud800b', '\udfff', '<user>\udc80'):
