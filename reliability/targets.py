@@ -224,9 +224,18 @@ class Prepare(Target):
         whole = self.dump(self.RECORDS, 0)
         self.seeds += [bytes(12) + b'\0' + data for data in (whole, gzip.compress(whole, mtime=0))]
         self.seeds += [bytes(12) + seed for seed in self.seeds]  # the usual options
+        names = {pipeline: ('BLOCK', 'LONGEST_LINE', 'BROKEN_SHARE', 'encoded_blocks'), alpaca: ('BLOCK', 'LONGEST_ROW', 'ROWS_PER_BLOCK'),
+                 tokenizers: ('load',)}
+        self.originals = [(module, name, getattr(module, name)) for module in names for name in names[module]]
         tokenizers.load = lambda path, tags=True: Tokenizer('small', TOKENS, tags)  # read once is enough
         pipeline.encoded_blocks = lambda blocks, job: (pipeline.encode_block(job, block) for block in blocks)  # in this process
         self.before = self.listing()
+
+    def close(self):
+        """The modules as they were, and the folder removed."""
+        for original in self.originals:
+            setattr(*original)
+        super().close()
 
     def dump(self, records, form):
         """The records as a file of one of several forms."""
