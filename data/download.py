@@ -13,6 +13,7 @@ from configurator import UserError
 
 BLOCK = 1 << 14  # bytes that are written at a time: what an incomplete one held is lost when a connection breaks
 ATTEMPTS, PAUSE_S = 5, 1.0  # waits of 1, 2, 4 and 8 seconds between the attempts
+SILENCE_S = 30  # without a byte for so long, the connection counts as broken
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')  # a mirror, as for transformers
 
 
@@ -37,6 +38,8 @@ def download(url, path, n_bytes, sha256):
             problem = f'the server answered {error.response.status_code} {error.response.reason}'
             if error.response.status_code < 500 and error.response.status_code != 429:
                 raise UserError(_by_hand(url, path, problem)) from None
+        except (ValueError, requests.TooManyRedirects) as error:  # sent on to file://, to no address, in circles
+            raise UserError(_by_hand(url, path, f'it leads to no file ({type(error).__name__})')) from None
         except requests.RequestException as error:
             problem = f'the connection failed ({type(error).__name__})'
         except OSError as error:  # none of requests' own
@@ -61,7 +64,7 @@ def _fetch(url, part, n_bytes):
         os.remove(part)
         have = 0
     headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+    with requests.get(url, headers=headers, stream=True, timeout=SILENCE_S) as response:
         if response.status_code == 416:  # the file there is shorter than what we have
             os.remove(part)
             raise requests.ConnectionError

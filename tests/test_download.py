@@ -1,8 +1,10 @@
 """data/download.py against a small server on 127.0.0.1 that misbehaves on purpose."""
+import gzip
 import hashlib
 import http.server
 import os
 import threading
+import time
 
 import pytest
 
@@ -184,6 +186,54 @@ def test_a_redirect_is_followed_and_keeps_the_range(get, server):
         reply(request, 302, b'', Location='/elsewhere', Content_Length=0)
     get(elsewhere, cut_after(BLOCK), elsewhere, whole)
     assert server.ranges == [None, None, f'bytes={BLOCK}-', f'bytes={BLOCK}-']
+
+
+@pytest.mark.parametrize('where', ['file:///etc/hostname', 'ftp://127.0.0.1/x', 'http://[', 'http://', 'http://:x/', '/file.gz', 'data:,x'])
+def test_a_redirect_to_what_is_no_file_is_refused_at_once(get, server, tmp_path, where):
+    with pytest.raises(UserError, match='it leads to no file .*Put the file at'):
+        get(lambda request: reply(request, 302, b'', Location=where, Content_Length=0))
+    # /file.gz, and what requests takes for it, are the file itself: 30 times round
+    assert len(server.ranges) == (31 if where in ('/file.gz', 'http://') else 1) and os.listdir(tmp_path) == []
+
+
+def test_a_server_that_falls_silent_is_tried_again(get, server, monkeypatch):
+    def stalls(request):
+        cut_after(BLOCK)(request)
+        request.wfile.flush()
+        time.sleep(0.6)
+    monkeypatch.setattr(download, 'SILENCE_S', 0.2)
+    get(stalls, lambda request: time.sleep(0.6), whole)
+    assert server.ranges == [None, f'bytes={BLOCK}-', f'bytes={BLOCK}-']
+
+
+def test_a_slow_server_is_waited_for(get, server, monkeypatch):
+    def slow(request):
+        request.send_response(200)
+        request.send_header('Content-Length', len(DATA))
+        request.end_headers()
+        for start in range(0, len(DATA), BLOCK * 8):
+            request.wfile.write(DATA[start:start + BLOCK * 8])
+            time.sleep(0.05)
+    monkeypatch.setattr(download, 'SILENCE_S', 5)
+    get(slow)
+    assert server.ranges == [None]
+
+
+def test_more_bytes_than_announced_are_not_taken(get, server):
+    get(lambda request: reply(request, 200, DATA + b'more', Content_Length=len(DATA)))
+
+
+def test_a_small_answer_that_unpacks_to_a_large_one_is_stopped(get, server, tmp_path):
+    bomb = gzip.compress(bytes(50 << 20))
+    with pytest.raises(UserError, match='gave a wrong file'):
+        get(lambda request: reply(request, 200, bomb, Content_Encoding='gzip'))
+    assert os.listdir(tmp_path) == [] and len(server.ranges) == 1
+
+
+@pytest.mark.parametrize('answer', [b'', b'HTTP', b'\0' * 100, b'HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n\0',
+                                    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzzz\r\n', b'HTTP/1.1 999\r\n' + b'a: b\r\n' * 200])
+def test_what_is_no_answer_is_tried_again(get, server, answer):
+    get(lambda request: request.wfile.write(answer), whole)
 
 
 def test_a_page_in_place_of_the_file_is_refused(get, server, tmp_path):
