@@ -250,6 +250,16 @@ def test_array_is_streamed(tmp_path):
     assert n == 2000 and peak < 8 << 20, f'{peak:,} bytes'
 
 
+def test_a_long_row_is_not_read_anew_for_every_block(tmp_path, monkeypatch):
+    path = tmp_path / 'rows.json'
+    path.write_text('[[' + '[],' * 100_000 + '[]], 5]')  # 300 KB: 300 blocks, which come to no more than 10 readings
+    n_read = []
+    decode = json.JSONDecoder.raw_decode
+    monkeypatch.setattr(json.JSONDecoder, 'raw_decode', lambda *arguments: n_read.append(1) or decode(*arguments))
+    monkeypatch.setattr(prepare, 'BLOCK', 1000)
+    assert list(prepare.read_array(path)) == [[[]] * 100_001, 5] and len(n_read) < 15
+
+
 def test_split_by_hash_keeps_prompts_together(run, tmp_path, small):
     """The same prompt in another case or spacing, with another answer, stands in the same split."""
     rows = [{'instruction': text, 'input': '', 'output': f'{text} {i}'} for i in range(3) for row in ROWS

@@ -184,13 +184,18 @@ def read_array(path):
             what = getattr(error, 'msg', None) or str(error)[:60]
             where = getattr(error, 'pos', here)
             unfinished = where > len(text) - 16 or what.startswith('Unterminated')
-            block = next(blocks, None) if unfinished and len(text) - sign < LONGEST_ROW else None
-            if block is None:
+            more, n_here = [], len(text) - sign
+            # As much again as is here already: read anew for each block, a long row would cost its square.
+            while unfinished and n_here < LONGEST_ROW and sum(map(len, more)) <= n_here:
+                if (block := next(blocks, None)) is None:
+                    break
+                more.append(block)
+            if not more:
                 what = 'the file ends here' if isinstance(error, IndexError) else what
                 raise UserError(f'{path}: the JSON array is broken in row {n_rows + 1}, at character '
                                 f'{n_before + where + 1:,}: {what}. Nothing was written.') from None
             n_before += sign
-            text, sign = text[sign:] + block, 0
+            text, sign = text[sign:] + ''.join(more), 0
             continue
         yield row
         sign, n_rows = here, n_rows + 1
