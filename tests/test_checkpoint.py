@@ -1,11 +1,15 @@
 """Checkpoints and model files: whole or not at all, and nothing in them is ever run."""
+import io
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import tokenfile
+import tokenizer
 from configurator import UserError
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
@@ -77,6 +81,34 @@ def test_planted_code_is_refused_and_not_run(tmp_path, write, name):
         checkpoint.open_model('resume' if name == 'ckpt.pt' else str(tmp_path), str(tmp_path))
     assert 'safely' in str(error.value) and '\n' not in str(error.value)
     assert not os.path.exists(proof)
+
+
+def test_planted_code_in_other_files_is_refused_and_not_run(tmp_path):
+    """Token files and vocabularies are numbers and JSON: no pickle is ever looked for in them."""
+    proof, bpe = str(tmp_path / 'ran'), Tokenizer('tiny', TOKENS, tags=True)
+    npy = io.BytesIO()
+    np.save(npy, np.array([Payload(proof)]), allow_pickle=True)
+    names = [split + ending for split in ('train',) for ending in tokenfile.DTYPES]
+    for name in (*names, 'meta.json', 'tokenizer.json', 'vocab.json', 'config.json', 'model.safetensors'):
+        for i, planted in enumerate((pickle.dumps(Payload(proof)), pickle.dumps(Payload(proof), protocol=0), npy.getvalue())):
+            folder = tmp_path / f'{name}-{i}'
+            with tokenfile.Writer(str(folder), ('train',)) as writer:
+                writer.add('train', [1, 2, 3, 4], [0, 1, 1, 0], [4])
+                writer.finish({'template': 'xml', 'tokenizer': bpe.state()})
+            (folder / 'merges.txt').write_text('')
+            (folder / 'config.json').write_text('{"model_type": "gpt2"}')
+            (folder / name).write_bytes(planted)
+            with pytest.raises(UserError) as error:
+                if name in (*names, 'meta.json'):
+                    tokenfile.Split([str(folder)], 'train')
+                elif name in ('tokenizer.json', 'vocab.json'):
+                    tokenizer.load(str(folder))
+                else:
+                    checkpoint.open_model(str(folder))
+            assert '\n' not in str(error.value) and not os.path.exists(proof), name
+    with pytest.raises(FileExistsError):  # so it does run where somebody lets it
+        os.mkdir(proof)
+        pickle.loads(pickle.dumps(Payload(proof)))
 
 
 @pytest.mark.parametrize('spoil, said', [
