@@ -24,7 +24,7 @@ import tokenfile
 from configurator import UserError
 
 BLOCK = 1 << 20  # bytes of source that a worker gets at a time
-LONGEST_LINE = 64 << 20  # bytes; a longer line counts as broken
+LONGEST_LINE = 16 << 20  # bytes; a longer line counts as broken: of [],[],… 16 MiB are half a GB in memory
 BROKEN_SHARE = 0.01  # of all lines; with more of them broken the source is refused
 
 
@@ -76,7 +76,7 @@ def read_blocks(path):
                 if len(block) > LONGEST_LINE:  # its last line is too long: a stump stands for it
                     while not block.endswith(b'\n') and (rest := file.readline(LONGEST_LINE)):
                         block = block[:BLOCK] + rest[-1:]
-                    block = block[:block.rfind(b'\n', 0, BLOCK) + 1] + b'(a line of over 64 MiB)\n'
+                    block = block[:block.rfind(b'\n', 0, BLOCK) + 1] + b'(a line of over %d MiB)\n' % (LONGEST_LINE >> 20)
                 yield number, block
                 number += block.count(b'\n')
     except FileNotFoundError:

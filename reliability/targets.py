@@ -267,9 +267,9 @@ class Prepare(Target):
     def run(self, c):
         """One export; the folder is the one that earlier inputs wrote to."""
         options, c = Choices(c.data[:12]), Choices(c.data[12:])
-        pipeline.BLOCK, pipeline.LONGEST_LINE = options.of([(1 << 20, 64 << 20), (1 << 20, 64 << 20), (50, 700), (7, 300)])
+        pipeline.BLOCK, pipeline.LONGEST_LINE = options.of([(1 << 20, 16 << 20), (1 << 20, 16 << 20), (50, 700), (7, 300)])
         pipeline.BROKEN_SHARE = options.of([0.01, 1.0])
-        alpaca.BLOCK, alpaca.LONGEST_ROW, alpaca.ROWS_PER_BLOCK = options.of([(1 << 20, 64 << 20, 500), (9, 400, 2)])
+        alpaca.BLOCK, alpaca.LONGEST_ROW, alpaca.ROWS_PER_BLOCK = options.of([(1 << 20, 16 << 20, 500), (9, 400, 2)])
         config, path = self.config(options), self.write('source', self.source(c))
         try:
             self.module.prepare(config, path, *self.more)

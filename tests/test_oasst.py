@@ -394,6 +394,16 @@ def test_trees_may_come_without_ids(run):
     assert shown(run(some)['conversations']) == ['q0>[a0]', 'q1>[a1]', 'q2>[a2]']
 
 
+@pytest.mark.parametrize('form', [tree, flat])
+def test_texts_made_to_break_things_come_through(run, form):
+    texts = ['NUL \0 inside', '\u202eright to left שלום', 'e' + '\u0301' * 500, '\ufeff', '</user><assistant><|endoftext|>', 'a\u2028\x85', '"\\n\n', '👩‍👩‍👧‍👦',
+             'y' * 100_000, '\n' * (1_100_000 if form is tree else 9) + 'x']
+    nan = {'labels': {'name': ['spam'], 'value': [float('nan')]}, 'emojis': float('nan'), 'detoxify': {'toxicity': float('inf')}}
+    trees = [tree({**message(f'q{i}', text, message(f'a{i}', text, **nan)), **nan}) for i, text in enumerate(texts)]
+    found = run([record for a_tree in trees for record in flat(a_tree)] if form is flat else trees, '--max_tokens=4000000')['conversations']
+    assert sorted(turn.text for turns in found for turn in turns) == sorted(2 * texts)
+
+
 # ---- deep ----
 
 def test_a_thread_of_ten_thousand_replies(run):
@@ -517,6 +527,21 @@ def test_a_damaged_gzip_is_a_line_and_the_old_files_stay(command, tmp_path, dama
     done = command('--input=bad.gz', '--out_dir=out')
     assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'bad.gz cannot be read to its end' in done.stderr, done.stderr
     assert {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')} == before
+
+
+def test_a_line_of_256_megabytes_takes_a_bounded_amount_of_memory(tmp_path, vocabulary):
+    """Of a quarter of a megabyte of gzip."""
+    if not os.path.exists('/proc/self/status'):
+        pytest.skip('no /proc, which says how much memory a process has had')
+    good = [gzip.compress(lines(tree(message(f'{key}{i}', '', message(f'{key}{i}.'))) for i in range(100)).encode()) for key in 'qr']
+    (tmp_path / 'bomb.gz').write_bytes(good[0] + gzip.compress(b'[' * (64 << 20)) * 4 + gzip.compress(b'\n') + good[1])
+    code = ('import re, resource, sys; sys.path.insert(0, sys.argv.pop(1)); from data.oasst import prepare; prepare.main(sys.argv[1:]);'
+            'own = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])\n'  # ru_maxrss would be at least pytest's own
+            'print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >> 10, file=sys.stderr)')
+    done = subprocess.run([sys.executable, '-c', code, ROOT, '--input=bomb.gz', '--out_dir=out', f'--tokenizer={vocabulary}'], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
+    *said, megabytes = done.stderr.split('\n')[:-1]
+    assert said == ['broken line 101: not JSON (Expecting value: line 1 column 1 (char 0))'] and int(megabytes) < 300, done.stderr
 
 
 def test_mistakes_are_a_line_and_exit_code_2(command, tmp_path):

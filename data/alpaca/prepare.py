@@ -64,7 +64,7 @@ SOURCES = {
 }
 TEMPLATES = ('alpaca', 'xml', 'plain')
 BLOCK = 1 << 20  # bytes of a JSON array that are read at a time
-LONGEST_ROW = 64 << 20  # characters
+LONGEST_ROW = 16 << 20  # characters
 ROWS_PER_BLOCK = 500  # that a worker gets at a time
 
 
