@@ -96,7 +96,7 @@ def fuzz(config):
         n_checked += 1
         if n_checked % 10_000 == 0 or n_checked == config.inputs:
             print(f'{config.target}: {n_checked:,} inputs, {target.accepted:,} of them taken', flush=True)
-    atheris.Setup([sys.argv[0], f'-runs={config.inputs}', f'-seed={config.seed}', '-timeout=3600', '-print_final_stats=1',
+    atheris.Setup([sys.argv[0], f'-runs={config.inputs}', f'-seed={config.seed}', '-timeout=3600', '-report_slow_units=3600', '-print_final_stats=1',
                    f'-rss_limit_mb={config.memory_mb}', f'-artifact_prefix={folder}/', '-max_len=20000', os.path.join(folder, 'corpus')], check)
     atheris.Fuzz()
 
