@@ -12,11 +12,13 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from claim import claimed
 from configurator import REPOSITORY, UserError
 
 FORMAT_VERSION = 1
@@ -30,22 +32,29 @@ class Writer:
             writer.add('train', ids, mask, lengths)
             writer.finish(meta)
 
-    Left before finish, by an exception or a kill, it has changed nothing that a reader sees.
+    Left before finish, by an exception or a kill, it has changed nothing that a reader sees. UserError
+    where another process is writing to the folder.
     """
 
     def __init__(self, folder, splits):
-        self.folder = folder
-        try:
-            os.makedirs(folder, exist_ok=True)
-            self.partial = tempfile.mkdtemp(prefix='.partial-', dir=folder)
-        except OSError as error:
-            raise UserError(f'cannot write to {folder}: {error.strerror}. Use --out_dir=FOLDER.') from None
-        self.files = {split: {ending: open(os.path.join(self.partial, split + ending), 'wb')
-                              for ending in DTYPES} for split in splits}
-        self.hashes = {split: {ending: hashlib.sha256() for ending in DTYPES} for split in splits}
-        self.counts = {split: {'conversations': 0, 'tokens': 0, 'supervised_tokens': 0} for split in splits}
-        for split in splits:
+        self.folder, self.splits = folder, splits
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            stack.enter_context(claimed(self.folder, '.partial-*'))
+            self.partial = tempfile.mkdtemp(prefix='.partial-', dir=self.folder)
+            stack.callback(shutil.rmtree, self.partial, ignore_errors=True)
+            self.files = {split: {ending: stack.enter_context(open(os.path.join(self.partial, split + ending), 'wb'))
+                                  for ending in DTYPES} for split in self.splits}
+            self.stack = stack.pop_all()
+        self.hashes = {split: {ending: hashlib.sha256() for ending in DTYPES} for split in self.splits}
+        self.counts = {split: {'conversations': 0, 'tokens': 0, 'supervised_tokens': 0} for split in self.splits}
+        for split in self.splits:
             self._write(split, '.idx.bin', 0)
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()  # all of it, even where closing a file fails on a full disk
 
     def add(self, split, ids, mask, lengths):
         """Append conversations: ids and mask (n,) of all of them, lengths (conversations,)."""
@@ -83,17 +92,6 @@ class Writer:
         names = sorted(os.listdir(self.partial), key=lambda name: name == 'meta.json')
         for name in names:
             os.replace(os.path.join(self.partial, name), os.path.join(self.folder, name))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        try:
-            for files in self.files.values():
-                for file in files.values():
-                    file.close()
-        finally:  # a full disk fails here, too
-            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _flush(file):

@@ -9,6 +9,7 @@ import time
 
 import requests
 
+from claim import claimed
 from configurator import UserError
 
 BLOCK = 1 << 14  # bytes that are written at a time: what an incomplete one held is lost when a connection breaks
@@ -25,6 +26,11 @@ def download(url, path, n_bytes, sha256):
     if os.path.exists(path):
         _verify(path, path, url, n_bytes, sha256)
         return path
+    with claimed(os.path.dirname(os.path.abspath(path))):  # two would write into the same .part
+        return _arrive(url, path, n_bytes, sha256)
+
+
+def _arrive(url, path, n_bytes, sha256):
     part = path + '.part'
     problem = None
     for attempt in range(ATTEMPTS):

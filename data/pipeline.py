@@ -8,9 +8,11 @@ import gc
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -145,8 +147,14 @@ def _start_worker(job):
     global _job
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops the process that gives out the work
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     job.tokenizer.remember()
     gc.disable()  # JSON makes no cycles, and looking for some cost 3 % of the time
+
+
+def _leave_with_parent():
+    multiprocessing.parent_process().join()  # killed, it can tell nobody: its workers would wait for ever
+    os._exit(1)
 
 
 def _work(block):

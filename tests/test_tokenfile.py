@@ -105,7 +105,7 @@ def test_an_exception_leaves_the_old_files_as_they_were(tmp_path):
 def test_there_is_no_meta_json_before_finish(tmp_path):
     with Writer(str(tmp_path), ('train',)) as writer:
         writer.add('train', [1, 2, 3], [0, 0, 1], [3])
-        assert all(name.startswith('.partial-') for name in os.listdir(tmp_path))
+        assert all(name.startswith(('.partial-', '.lock')) for name in os.listdir(tmp_path))
         with pytest.raises(UserError, match='meta.json not found'):
             Split([str(tmp_path)], 'train')
     assert os.listdir(tmp_path) == []  # left without finish: nothing at all
@@ -155,7 +155,8 @@ def test_stopped_while_the_files_are_moved_none_is_taken_for_whole(tmp_path, mon
 def test_a_folder_that_cannot_be_written_is_a_line(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot write to .*Use --out_dir=FOLDER'):
-        Writer(str(tmp_path / 'file'), ('train',))
+        with Writer(str(tmp_path / 'file'), ('train',)):
+            pass
 
 
 def test_meta_json_holds_any_file_name(tmp_path):

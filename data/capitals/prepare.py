@@ -25,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
 import tokenizer
+from claim import claimed
 from data import pipeline
 from data.oasst import prepare as oasst
 
@@ -367,7 +368,12 @@ def write_lines(path, records):
 def main(argv):
     """The script."""
     config = configurator.load(Config, argv)
-    os.makedirs(config.out_dir, exist_ok=True)
+    with claimed(config.out_dir, '.partial-*'):
+        write(config)
+
+
+def write(config):
+    """All files of the data set."""
     train, val = training(config), validation(config)
     vocabulary, path = (os.path.join(config.out_dir, name) for name in ('tokenizer.json', 'trees.jsonl'))
     tokenizer.learn(texts(train), config.vocab_size, vocabulary)
