@@ -6,9 +6,11 @@ A checkpoint is one dict of plain types and tensors, read with weights_only=True
 run code. out_dir/ckpt.pt is the last one, with all that resuming needs; out_dir/best.pt the one
 with the lowest val_loss, without the optimizer.
 """
+import glob
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, fields
 from typing import NamedTuple
 
@@ -51,6 +53,28 @@ def save(contents, path):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise UserError(f'could not save {path}: {error}. The checkpoint that was there before still is.') from None
+
+
+def files(folder):
+    """The paths of all checkpoints in the folder: ckpt.pt, best.pt, ckpt-STEP.pt."""
+    found = glob.glob(os.path.join(glob.escape(folder), '*.pt'))
+    return sorted(path for path in found if re.fullmatch(r'ckpt|best|ckpt-\d+', os.path.basename(path)[:-3]))
+
+
+def keep_older(path, step, n):
+    """Keep the checkpoint at `path`, ckpt.pt of this step, as ckpt-STEP.pt too; of these, the last n up to it."""
+    def step_of(kept):
+        return int(kept[len(path) - 2:-3])
+    kept = f'{path[:-3]}-{step:06}.pt'
+    try:
+        if os.path.exists(kept):
+            os.remove(kept)
+        os.link(path, kept)  # a second name: at no instant is there no ckpt.pt, and nothing is copied
+        older = [other for other in files(os.path.dirname(path)) if '-' in os.path.basename(other)]
+        for other in sorted((other for other in older if step_of(other) <= step), key=step_of)[:-n]:
+            os.remove(other)
+    except OSError as error:
+        raise UserError(f'could not keep {path} as {kept}: {error.strerror}. --keep=0 does without.') from None
 
 
 def load(path, map_location='cpu'):

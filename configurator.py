@@ -35,13 +35,18 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get('RANK', '0') == '0':  # once, not by each process of torchrun
-            print(error, file=sys.stderr)
+        report(error)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def report(error):
+    """Print a UserError, once on each machine and not by each process of torchrun."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        print(error, file=sys.stderr)
 
 
 def load(keys, argv, defaults=None):

@@ -18,23 +18,24 @@ COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 't
 class RunLog:
     """Prints, and writes log.csv and config.json; a silent one (any process but the first) does nothing.
 
-    A run that is resumed goes on behind the rows of its step. UserError where out_dir is not writable.
+    A run that is resumed goes on behind the rows of its step and of its last evaluation.
+    UserError where out_dir is not writable.
     """
 
-    def __init__(self, config, step, silent):
+    def __init__(self, config, step, evaluated_at, silent):
         self.out_dir, self.last_step, self.silent = config.out_dir, config.max_iters, silent
         self.path = os.path.join(self.out_dir, 'log.csv')
         if silent or config.eval_only:
             return
         rows = read(self.out_dir) if step else []
         try:
-            os.makedirs(self.out_dir, exist_ok=True)
             with open(os.path.join(self.out_dir, 'config.json'), 'w', encoding='utf-8') as file:
                 json.dump(configurator.as_dict(config), file, indent=1)
             with open(f'{self.path}.tmp', 'w', newline='', encoding='utf-8') as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
-                writer.writerows(row for row in rows if int(row['step']) <= step)
+                writer.writerows(row for row in rows if int(row['step']) <= (evaluated_at if row['val_loss'] else step))
+                _flush(file)
             os.replace(f'{self.path}.tmp', self.path)
         except OSError as error:
             raise UserError(f'cannot write to {self.out_dir}: {error.strerror}. Use --out_dir=FOLDER.') from None
@@ -55,10 +56,16 @@ class RunLog:
             self.say(f'{split.name}: left out {rows.n_too_long:,} conversations longer than block_size={rows.block_size}')
 
     def write(self, **row):
-        """Append a row to log.csv; absent columns are empty."""
-        if not self.silent:
+        """Append a row to log.csv; absent columns are empty. UserError where it cannot be written."""
+        if self.silent:
+            return
+        try:
             with open(self.path, 'a', newline='', encoding='utf-8') as file:
                 csv.DictWriter(file, COLUMNS).writerow(row)
+                _flush(file)
+        except OSError as error:
+            raise UserError(f'could not write {self.path}: {error.strerror}. Go on from the last checkpoint with '
+                            '--init_from=resume') from None
 
     def training(self, step, epoch, loss, lr, grad_norm, tokens_per_s, seconds, seconds_left):
         """The last log_interval steps: loss in nats per supervised token."""
@@ -67,9 +74,8 @@ class RunLog:
         self.say(f'{self._at(step)} | loss {loss:7.4f} | lr {lr:.2e} | {tokens_per_s:7,.0f} supervised tokens/s | '
                  f'{duration(seconds_left)} left')
 
-    def evaluation(self, step, epoch, val_loss, seconds, better, saved):
-        """An evaluation, and the files that were saved with it."""
-        self.write(step=step, epoch=f'{epoch:.4f}', val_loss=repr(val_loss), seconds=f'{seconds:.2f}')
+    def evaluation(self, step, val_loss, better, saved):
+        """An evaluation, whose row is written, and the files that were saved with it."""
         self.say(f'{self._at(step)} | val_loss {val_loss:.4f}{" (best)" if better and step else ""}'
                  f'{" | saved " + ", ".join(saved) if saved else ""}')
 
@@ -83,12 +89,17 @@ class RunLog:
 
 
 def read(out_dir):
-    """The rows of log.csv as dicts of text; [] where there is none."""
+    """The rows of log.csv as dicts of text, without one that was cut short; [] where there is none."""
     try:
         with open(os.path.join(out_dir, 'log.csv'), newline='', encoding='utf-8') as file:
-            return [row for row in csv.DictReader(file) if (row.get('step') or '').isdigit()]
+            return [row for row in csv.DictReader(file) if (row.get('step') or '').isdigit() and row.get('seconds')]
     except FileNotFoundError:
         return []
+
+
+def _flush(file):
+    file.flush()
+    os.fsync(file.fileno())  # a checkpoint is, too: after a power cut the log has the rows up to its step
 
 
 def duration(seconds):

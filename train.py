@@ -10,8 +10,8 @@ resuming needs nothing but the weights, the optimizer and the number of the step
 import json
 import math
 import os
-import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,11 +21,12 @@ import configurator
 import runlog
 import tokenfile
 import tokenizer as tokenizers
+from claim import claimed
 from configurator import UserError
 from conversation import TEMPLATES
 from kernels import keep_freed_memory
 from model import GPT, GPTConfig, autocast, pick_dtype
-from processes import processes
+from processes import StopRequest, processes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Config:
     log_interval: int = 10           # steps between lines of the log
     patience: int = 0                # stop after this many evaluations without a better one; 0 never
     always_save_checkpoint: bool = True  # False: ckpt.pt too is written only where val_loss improved
+    keep: int = 0                    # older checkpoints to keep beside ckpt.pt, as ckpt-STEP.pt
     # a step: gradient_accumulation_steps micro-batches (over all processes) of batch_size rows
     batch_size: int = 4              # rows in a micro-batch
     gradient_accumulation_steps: int = 4  # micro-batches in a step, shared among the processes
@@ -71,6 +73,7 @@ class Config:
     dtype: str = 'auto'              # auto, float32, bfloat16, float16: of matrix products
     compile: bool = False            # torch.compile: slower to start, faster after
     backend: str = 'auto'            # of torch.distributed: nccl on CUDA, gloo elsewhere
+    timeout_s: int = 600             # a process that waits longer than this for the others gives up
     seed: int = 1337                 # of the order of the data, dropout and a model from scratch
     # nanoGPT's keys for Weights & Biases, so that its config files load; log.csv has the numbers
     wandb_log: bool = False          # not used
@@ -80,11 +83,11 @@ class Config:
     def problems(self):
         """What cannot work, a sentence each."""
         for name in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'eval_interval', 'log_interval',
-                     'n_layer', 'n_head', 'n_embd'):
+                     'n_layer', 'n_head', 'n_embd', 'timeout_s'):
             if getattr(self, name) < 1:
                 yield f'{name}={getattr(self, name)} must be at least 1.'
         for name in ('max_iters', 'eval_iters', 'patience', 'warmup_iters', 'lr_decay_iters', 'epochs',
-                     'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'seed'):
+                     'keep', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'seed'):
             if not 0 <= getattr(self, name) < float('inf'):
                 yield f'{name}={getattr(self, name)} must not be negative.'
         if self.n_head > 0 and self.n_embd % self.n_head:
@@ -100,7 +103,8 @@ class Config:
 
 
 # A run that is resumed with one of these changed would no longer be the same run.
-FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on', 'seed', 'dropout')
+FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on', 'seed', 'dropout',
+                   'n_layer', 'n_head', 'n_embd', 'bias', 'weight_decay', 'beta1', 'beta2')
 
 
 def start_model(config, folders):
@@ -123,6 +127,9 @@ def start_model(config, folders):
         opened.model.set_dropout(config.dropout)
     if config.init_from != 'resume':
         opened = opened._replace(template=metas[0]['template'], contents={})
+    elif missing := [key for key in ('data', 'optimizer', 'scaler') if key not in opened.contents]:
+        raise UserError(f'{opened.description} holds no {missing[0]} (a best.pt never does), so no run can go on from it. '
+                        'Start one that begins with its weights: --init_from=FOLDER and another --out_dir.')
     elif opened.contents['data'] != [tokenfile.fingerprint(folder) for folder in folders]:
         raise UserError(f'{config.dataset} is not the data that {config.out_dir} was trained on. Prepare it as it was, '
                         'or start anew with another --out_dir.')
@@ -177,6 +184,7 @@ class Trainer:
         self.loss_sum, self.n_tokens = saved.get('interval', (0.0, 0))  # since the last line of the log
         self.seconds = saved.get('seconds', 0.0)  # in steps: evaluations and saving are left out
         self.grad_norm, self.stop = 0.0, False
+        self.saved_at = saved.get('step')  # the step of ckpt.pt
         if saved:
             self.optimizer.load_state_dict(saved['optimizer'])
             self.scaler.load_state_dict(saved['scaler'])
@@ -185,6 +193,15 @@ class Trainer:
     def epoch(self):
         """How many passes over the data the steps so far make."""
         return self.step * self.rows_per_step / self.train_rows.n_rows
+
+    def conditions(self):
+        """What, beside FIXED_ON_RESUME, decides the bits of the steps to come."""
+        c, kind = self.config, self.procs.device.split(':')[0]
+        hardware = torch.cuda.get_device_name() if kind == 'cuda' else torch.backends.cpu.get_cpu_capability()
+        return {**{key: getattr(c, key) for key in ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')},
+                'lr_decay_iters': c.decay_lr and (c.lr_decay_iters or c.max_iters), 'dtype': str(self.dtype)[6:],
+                'device': f'{kind} {hardware}', 'processes': self.procs.world, 'threads': torch.get_num_threads(),
+                'torch': str(torch.__version__)}
 
     def train_step(self, stop_asked):
         """One optimizer step: the sum of the losses over all its supervised tokens, by their number."""
@@ -216,8 +233,11 @@ class Trainer:
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
-    def evaluate(self):
-        """val_loss: nats per supervised token of the validation set, each counting the same."""
+    def evaluate(self, request=None):
+        """val_loss: nats per supervised token of the validation set, each counting the same.
+
+        A StopRequest ends it, in all processes, without a result: it is done again when the run goes on.
+        """
         config, procs, rows = self.config, self.procs, self.val_rows
         self.model.eval()
         loss_sum, n_tokens = 0.0, 0
@@ -225,9 +245,12 @@ class Trainer:
             with autocast(procs.device, self.dtype):
                 loss_sum += self.model.loss(batch).item()
             n_tokens += len(batch.targets)
+            if request and request.asked:
+                break
         self.model.train()
-        loss_sum, n_tokens = procs.sum([loss_sum, n_tokens])
-        return loss_sum / n_tokens
+        loss_sum, n_tokens, n_asked = procs.sum([loss_sum, n_tokens, float(bool(request and request.asked))])
+        self.stop = n_asked > 0
+        return None if self.stop else loss_sum / n_tokens
 
     def improved(self, val_loss):
         """Note the val_loss of this step; True where it is the best so far."""
@@ -238,51 +261,43 @@ class Trainer:
         self.best = val_loss if better else self.best
         return better
 
-    def save(self, opened, data, val_loss, names):
-        """Write the checkpoints `names` (ckpt.pt, best.pt); the first process does."""
+    def save(self, opened, run, val_loss, names):
+        """Write the checkpoints `names` (best.pt, ckpt.pt); the first process does."""
         if self.procs.rank:
             return
-        contents = checkpoint.pack(self.model, opened.tokenizer, opened.template, configurator.as_dict(self.config),
-                                   self.step, val_loss, data=data, seconds=self.seconds)
+        contents = checkpoint.pack(self.model, opened.tokenizer, opened.template, step=self.step, val_loss=val_loss,
+                                   seconds=self.seconds, **run)
         resume = dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), best=self.best,
-                      n_worse=self.n_worse, evaluated_at=self.evaluated_at, interval=(self.loss_sum, self.n_tokens))
+                      n_worse=self.n_worse, evaluated_at=self.evaluated_at, interval=(self.loss_sum, self.n_tokens),
+                      conditions=self.conditions())
         for name in names:
-            checkpoint.save(contents | (resume if name == 'ckpt.pt' else {}), os.path.join(self.config.out_dir, name))
+            path = os.path.join(self.config.out_dir, name)
+            if name == 'ckpt.pt':
+                if self.config.keep and self.saved_at not in (None, self.step):
+                    checkpoint.keep_older(path, self.saved_at, self.config.keep)
+                contents, self.saved_at = contents | resume, self.step
+            checkpoint.save(contents, path)
 
 
-class StopRequest:
-    """Ctrl-C or SIGTERM: the step is finished and saved; a second one stops at once."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {name: signal.signal(name, self.ask) for name in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        """The signal handler."""
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-
-def loop(trainer, opened, data, log, request):
+def loop(trainer, opened, run, log, request):
     """Steps, evaluations, lines of the log and checkpoints, until the last step or a reason to stop."""
     config = trainer.config
     mark = (trainer.step, trainer.seconds, trainer.n_tokens)  # at the last line of the log
     trainer.model.train()
     while True:
         step, done = trainer.step, trainer.step >= config.max_iters
-        if (step % config.eval_interval == 0 or done) and trainer.evaluated_at != step:
-            val_loss = trainer.evaluate() if trainer.val_rows else None
+        due = (step % config.eval_interval == 0 or done) and trainer.evaluated_at != step and not trainer.stop
+        val_loss = trainer.evaluate(request) if due and trainer.val_rows else None
+        if due and not trainer.stop:
             trainer.evaluated_at, better = step, trainer.improved(val_loss)
-            wanted = {'ckpt.pt': better or config.always_save_checkpoint or val_loss is None, 'best.pt': better}
+            # best.pt first: killed between the two, the run comes from the older ckpt.pt to this best.pt again
+            wanted = {'best.pt': better, 'ckpt.pt': better or config.always_save_checkpoint or val_loss is None}
             names = [name for name, want in wanted.items() if want and (step or done)]
-            trainer.save(opened, data, val_loss, names)
+            if val_loss is not None:  # the row before the checkpoint, for the same reason
+                log.write(step=step, epoch=f'{trainer.epoch:.4f}', val_loss=repr(val_loss), seconds=f'{trainer.seconds:.2f}')
+            trainer.save(opened, run, val_loss, names)
             if val_loss is not None:
-                log.evaluation(step, trainer.epoch, val_loss, trainer.seconds, better, names)
+                log.evaluation(step, val_loss, better, names)
         if done or trainer.stop or config.patience and trainer.n_worse >= config.patience:
             break
         trainer.train_step(request.asked)
@@ -294,8 +309,8 @@ def loop(trainer, opened, data, log, request):
                          (config.max_iters - step) * seconds / n_steps)
             trainer.loss_sum, trainer.n_tokens = 0.0, 0
             mark = (step, trainer.seconds, 0)
-    if trainer.stop and not done:
-        trainer.save(opened, data, None, ['ckpt.pt'])
+    if trainer.stop:
+        trainer.save(opened, run, None, ['ckpt.pt'])
         log.say(f'stopped after step {step}; go on with: python train.py --init_from=resume --out_dir={config.out_dir}')
     else:
         why = '' if done else f' early: {config.patience} evaluations without a better val_loss'
@@ -306,10 +321,13 @@ def train(config, procs):
     """Run the configuration in this process."""
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = start_model(config, folders)
-    path = os.path.join(config.out_dir, 'ckpt.pt')
-    if os.path.exists(path) and not (config.init_from == 'resume' or config.overwrite or config.eval_only):
-        raise UserError(f'{path} is there already. Go on with it: --init_from=resume; or replace it: '
+    run = {'config': configurator.as_dict(config), 'data': [tokenfile.fingerprint(folder) for folder in folders]}
+    there = [] if config.init_from == 'resume' or config.eval_only else checkpoint.files(config.out_dir)
+    if there and not config.overwrite:
+        raise UserError(f'{there[-1]} is there already. Go on with it: --init_from=resume; or replace it: '
                         '--overwrite=True; or use another --out_dir.')
+    if there and os.path.realpath(config.init_from) == os.path.realpath(config.out_dir):
+        raise UserError(f'{config.out_dir} cannot be replaced by a run that begins with it. Use another --out_dir.')
     splits = {name: tokenfile.Split(folders, name, config.loss_on, opened.tokenizer.vocab_size) for name in ('train', 'val')}
     train_rows = tokenfile.Rows(splits['train'], config.block_size, config.seed)
     val_rows = tokenfile.Rows(splits['val'], config.block_size) if len(splits['val']) else None
@@ -320,20 +338,25 @@ def train(config, procs):
         config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
     trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)
 
-    log = runlog.RunLog(config, trainer.step, silent=procs.rank > 0)
+    for path in there if procs.rank == 0 else ():  # or a kill would leave this run's log beside that one's checkpoint
+        os.remove(path)
+    log = runlog.RunLog(config, trainer.step, trainer.evaluated_at, silent=procs.rank > 0)
     log.say(configurator.describe(config))
     log.data(train_rows)
     log.data(val_rows) if val_rows else log.say('val: empty, so there will be no val_loss and no best.pt')
     log.say(f'{opened.description}: {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters, on '
             f'{procs.device} in {str(trainer.dtype)[6:]}, {procs.world} process{"es" * (procs.world > 1)}; '
             f'{config.max_iters:,} steps of {rows_per_step} rows are {last_row / train_rows.n_rows:.2f} epochs')
+    was, now = opened.contents.get('conditions', {}), trainer.conditions()
+    if changed := [f'{key} was {was[key]}, is {now[key]}' for key in now if was.get(key, now[key]) != now[key]]:
+        log.say(f'from here on not bit for bit the run that was saved: {"; ".join(changed)}')
     if config.wandb_log:
         log.say('wandb_log is accepted and not used: the numbers are in log.csv')
     if config.eval_only:
         log.say(f'val_loss {trainer.evaluate():.4f}')
         return
-    with StopRequest() as request:
-        loop(trainer, opened, [tokenfile.fingerprint(folder) for folder in folders], log, request)
+    with StopRequest(silent=procs.rank > 0) as request:
+        loop(trainer, opened, run, log, request)
     log.plot()
 
 
@@ -341,12 +364,17 @@ def main(argv):
     """The script."""
     config = configurator.load(Config, argv)
     keep_freed_memory()
+    path = os.path.join(config.out_dir, 'ckpt.pt')
+    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):  # torchrun starts all anew since one died: go on
+        argv = [*argv, '--init_from=resume' if os.path.exists(path) else '--overwrite=True']
+        config = configurator.load(Config, argv)
     if config.init_from == 'resume':  # the keys of that run are the defaults of this one
-        saved = checkpoint.load(os.path.join(config.out_dir, 'ckpt.pt'))['config']
         here = {'init_from': 'resume', 'out_dir': config.out_dir}
-        config = configurator.load(Config, argv, {**saved, **here})
+        config = configurator.load(Config, argv, {**checkpoint.load(path)['config'], **here})
     with processes(config) as procs:
-        train(config, procs)
+        writes = procs.rank == 0 and not config.eval_only
+        with claimed(config.out_dir, '*.tmp') if writes else nullcontext():
+            train(config, procs)
 
 
 if __name__ == '__main__':
