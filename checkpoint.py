@@ -89,9 +89,12 @@ def load(path, map_location='cpu'):
     except Exception as error:  # the reader meets whatever a damaged or hostile file makes it meet
         reason = str(error).strip().split('\n')[0][:120]
         raise UserError(f'{path} is not a checkpoint that can be read safely: {type(error).__name__} {reason}') from None
-    if missing or contents['format_version'] != FORMAT_VERSION:
-        found = contents.get('format_version') if isinstance(contents, dict) else None
-        raise UserError(f'{path} is not a checkpoint of format {FORMAT_VERSION}: found format {found!r}, '
+    version = contents.get('format_version') if isinstance(contents, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise UserError(f'{path} is of format {version}, {"older" if version < FORMAT_VERSION else "newer"} than this code, '
+                        f'which reads {FORMAT_VERSION}. Use it with the code that wrote it.')
+    if missing or version != FORMAT_VERSION:
+        raise UserError(f'{path} is not a checkpoint of format {FORMAT_VERSION}: found format {version!r}, '
                         f'missing {", ".join(missing) or "nothing"}.')
     if wrong:
         raise UserError(f'{path} is not a checkpoint of this code: wrong types of {", ".join(wrong)}.')

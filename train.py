@@ -10,6 +10,7 @@ resuming needs nothing but the weights, the optimizer and the number of the step
 import json
 import math
 import os
+import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -203,7 +204,7 @@ class Trainer:
                 'device': f'{kind} {hardware}', 'processes': self.procs.world, 'threads': torch.get_num_threads(),
                 'torch': str(torch.__version__)}
 
-    def train_step(self, stop_asked):
+    def train_step(self, request):
         """One optimizer step: the sum of the losses over all its supervised tokens, by their number."""
         config, procs, started = self.config, self.procs, time.perf_counter()
         start = self.step * self.rows_per_step
@@ -228,7 +229,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         # All processes must learn of a signal that one of them got, and stop after the same step.
-        loss_sum, n_asked = procs.sum([sum(loss.item() for loss in losses), float(stop_asked)])
+        loss_sum, n_asked = procs.sum([sum(loss.item() for loss in losses), float(request.asked)])
         self.loss_sum, self.n_tokens, self.stop = self.loss_sum + loss_sum, self.n_tokens + n_tokens, n_asked > 0
         self.seconds += time.perf_counter() - started
 
@@ -300,7 +301,7 @@ def loop(trainer, opened, run, log, request):
                 log.evaluation(step, val_loss, better, names)
         if done or trainer.stop or config.patience and trainer.n_worse >= config.patience:
             break
-        trainer.train_step(request.asked)
+        trainer.train_step(request)
         step = trainer.step
         if step % config.log_interval == 0 or step == config.max_iters:
             seconds, n_steps = trainer.seconds - mark[1], step - mark[0]
@@ -309,12 +310,13 @@ def loop(trainer, opened, run, log, request):
                          (config.max_iters - step) * seconds / n_steps)
             trainer.loss_sum, trainer.n_tokens = 0.0, 0
             mark = (step, trainer.seconds, 0)
+    resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
     if trainer.stop:
         trainer.save(opened, run, None, ['ckpt.pt'])
-        log.say(f'stopped after step {step}; go on with: python train.py --init_from=resume --out_dir={config.out_dir}')
+        log.say(f'stopped after step {step}; go on with: python train.py {resume}')
     else:
         why = '' if done else f' early: {config.patience} evaluations without a better val_loss'
-        log.say(f'finished{why}. Talk to it: python sample.py --init_from=resume --out_dir={config.out_dir} --chat')
+        log.say(f'finished{why}. Talk to it: python sample.py {resume} --chat')
 
 
 def train(config, procs):

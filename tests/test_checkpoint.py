@@ -112,7 +112,7 @@ def test_planted_code_in_other_files_is_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize('spoil, said', [
-    (lambda c: c.pop('model'), 'missing model'), (lambda c: c.update(format_version=99), 'found format 99'),
+    (lambda c: c.pop('model'), 'missing model'), (lambda c: c.update(format_version=99), 'is of format 99, newer'),
     (lambda c: c['tokenizer'].update(sha256='0' * 64), 'hash'), (lambda c: c['model_args'].update(n_embd=8), 'does not fit'),
     (lambda c: c['model'].pop('transformer.wpe.weight'), 'does not fit'), (lambda c: c.update(tokenizer=3), 'wrong types of tokenizer'),
     (lambda c: c.update(val_loss=[]), 'wrong types of val_loss'), (lambda c: c.update(step='7'), 'wrong types of step'),  # by the fuzzer

@@ -114,8 +114,9 @@ def test_a_stopped_run_resumed_ends_with_the_same_bits(data, tmp_path, stop_at, 
     whole = run(data, tmp_path / 'whole', **keys)
     step = train.Trainer.train_step
 
-    def stopping(self, asked):
-        step(self, asked or self.step + 1 == stop_at)
+    def stopping(self, request):
+        request.asked = self.step + 1 == stop_at
+        step(self, request)
     monkeypatch.setattr(train.Trainer, 'train_step', stopping)
     stopped = run(data, tmp_path / 'parts', **keys)
     assert stopped['step'] == stop_at
