@@ -52,6 +52,8 @@ def save(contents, path):
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(error.__context__, OSError):  # what torch's writer met says more than what it made of it
+            error = error.__context__
         raise UserError(f'could not save {path}: {error}. The checkpoint that was there before still is.') from None
 
 

@@ -185,7 +185,7 @@ class Trainer:
         self.loss_sum, self.n_tokens = saved.get('interval', (0.0, 0))  # since the last line of the log
         self.seconds = saved.get('seconds', 0.0)  # in steps: evaluations and saving are left out
         self.grad_norm, self.stop = 0.0, False
-        self.saved_at = saved.get('step')  # the step of ckpt.pt
+        self.saved_at = self.step if saved and self.evaluated_at == self.step else None  # where ckpt.pt is worth keeping
         if saved:
             self.optimizer.load_state_dict(saved['optimizer'])
             self.scaler.load_state_dict(saved['scaler'])
@@ -276,7 +276,8 @@ class Trainer:
             if name == 'ckpt.pt':
                 if self.config.keep and self.saved_at not in (None, self.step):
                     checkpoint.keep_older(path, self.saved_at, self.config.keep)
-                contents, self.saved_at = contents | resume, self.step
+                # what a stop left is not kept, so that a run that was stopped has the older ones of one that was not
+                contents, self.saved_at = contents | resume, self.step if self.evaluated_at == self.step else None
             checkpoint.save(contents, path)
 
 
@@ -364,15 +365,16 @@ def train(config, procs):
 
 def main(argv):
     """The script."""
-    config = configurator.load(Config, argv)
-    keep_freed_memory()
-    path = os.path.join(config.out_dir, 'ckpt.pt')
+    asked = configurator.load(Config, argv, check=False)
+    path = os.path.join(asked.out_dir, 'ckpt.pt')
     if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):  # torchrun starts all anew since one died: go on
         argv = [*argv, '--init_from=resume' if os.path.exists(path) else '--overwrite=True']
-        config = configurator.load(Config, argv)
-    if config.init_from == 'resume':  # the keys of that run are the defaults of this one
-        here = {'init_from': 'resume', 'out_dir': config.out_dir}
-        config = configurator.load(Config, argv, {**checkpoint.load(path)['config'], **here})
+        asked = configurator.load(Config, argv, check=False)
+    saved = {}
+    if asked.init_from == 'resume':  # the keys of that run are the defaults of this one
+        saved = {**checkpoint.load(path)['config'], 'init_from': 'resume', 'out_dir': asked.out_dir}
+    config = configurator.load(Config, argv, saved)
+    keep_freed_memory()
     with processes(config) as procs:
         writes = procs.rank == 0 and not config.eval_only
         with claimed(config.out_dir, '*.tmp') if writes else nullcontext():

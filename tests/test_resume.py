@@ -304,7 +304,8 @@ def test_what_may_change_does_so_in_silence(data, copy, capsys):
 
 
 @pytest.mark.parametrize('changes, said', [
-    (dict(learning_rate=1e-3), 'learning_rate was 0.01, is 0.001'), (dict(grad_clip=0.5), 'grad_clip was 1.0, is 0.5'),
+    (dict(learning_rate=1e-3), 'learning_rate was 0.01, is 0.001'), (dict(min_lr=1e-3), 'min_lr was 0.0, is 0.001'),
+    (dict(grad_clip=0.5), 'grad_clip was 1.0, is 0.5'),
     (dict(lr_decay_iters=0), 'lr_decay_iters was 12, is 13'), (dict(dtype='bfloat16'), 'dtype was float32, is bfloat16')])
 def test_what_ends_the_promise_is_announced(copy, capsys, changes, said):
     assert resume(copy, max_iters=13, **changes)['step'] == 13
