@@ -1,6 +1,6 @@
 """A folder that one process at a time writes to.
 
-    with claim.claimed('out/oasst', '*.tmp'):
+    with claim.claimed('out/oasst', '*.pt.*.tmp'):
         ...
 
 The claim is the operating system's lock on FOLDER/.lock. It goes with the process, however that ends,

@@ -377,7 +377,7 @@ def main(argv):
     keep_freed_memory()
     with processes(config) as procs:
         writes = procs.rank == 0 and not config.eval_only
-        with claimed(config.out_dir, '*.tmp') if writes else nullcontext():
+        with claimed(config.out_dir, '*.pt.*.tmp') if writes else nullcontext():
             train(config, procs)
 
 
