@@ -324,7 +324,8 @@ def train(config, procs):
     """Run the configuration in this process."""
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = start_model(config, folders)
-    run = {'config': configurator.as_dict(config), 'data': [tokenfile.fingerprint(folder) for folder in folders]}
+    run = {'config': configurator.as_dict(config), 'data': [tokenfile.fingerprint(folder) for folder in folders],
+           'torchrun': os.environ.get('TORCHELASTIC_RUN_ID', 'none')}
     there = [] if config.init_from == 'resume' or config.eval_only else checkpoint.files(config.out_dir)
     if there and not config.overwrite:
         raise UserError(f'{there[-1]} is there already. Go on with it: --init_from=resume; or replace it: '
@@ -367,8 +368,11 @@ def main(argv):
     """The script."""
     asked = configurator.load(Config, argv, check=False)
     path = os.path.join(asked.out_dir, 'ckpt.pt')
-    if int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):  # torchrun starts all anew since one died: go on
-        argv = [*argv, '--init_from=resume' if os.path.exists(path) else '--overwrite=True']
+    # A checkpoint of the same torchrun: it started all anew since one process died, to go on. (Its count of
+    # restarts would not do: it is 0 on a machine that was restarted because another one was.)
+    torchrun = os.environ.get('TORCHELASTIC_RUN_ID', 'none')
+    if torchrun != 'none' and os.path.exists(path) and checkpoint.load(path).get('torchrun') == torchrun:
+        argv = [*argv, '--init_from=resume']
         asked = configurator.load(Config, argv, check=False)
     saved = {}
     if asked.init_from == 'resume':  # the keys of that run are the defaults of this one
