@@ -54,7 +54,7 @@ def load(keys, argv, defaults=None, check=True):
 
     argv holds config files and --key=value flags in any order. defaults: {key: value} that come
     before argv and after those of the class; keys that the class has no more are passed over.
-    check: whether the class's problems() are looked for.
+    check: whether the class's problems() alone are a mistake, too.
     All mistakes are collected and raised as one UserError, a line each. --help prints every key
     and exits.
     """
@@ -93,7 +93,7 @@ def load(keys, argv, defaults=None, check=True):
         assign(name, lambda kind: _from_text(text, kind, values), 'on the command line')
     config = keys(**values)
     # What rests on a value that could not be read would be a false alarm.
-    mistakes += [problem for problem in (getattr(config, 'problems', list)() if check else ())
+    mistakes += [problem for problem in (getattr(config, 'problems', list)() if check or mistakes else ())
                  if not unread & set(re.findall(r'\w+', problem))]
     if mistakes:
         raise UserError('\n'.join(mistakes))
