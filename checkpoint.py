@@ -103,6 +103,29 @@ def load(path, map_location='cpu'):
     return contents
 
 
+def restore(contents, optimizer, scaler, path):
+    """Give the optimizer and the scaler the state in a checkpoint's dict. UserError where it is not theirs."""
+    numbers = {'best': (float, int), 'n_worse': int, 'seconds': (float, int), 'evaluated_at': (int, type(None))}
+    try:
+        wrong = [key for key, kind in numbers.items() if not isinstance(contents[key], kind)]
+        loss_sum, n_tokens = contents['interval']
+        wrong += ['interval'] * (not isinstance(loss_sum + n_tokens, (float, int)))
+        # The groups hold settings, which come from the configuration.
+        groups = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict({'state': contents['optimizer']['state'], 'param_groups': groups})
+        scaler.load_state_dict(contents['scaler'])
+        for group in optimizer.param_groups:
+            for p in group['params'] if optimizer.state else ():
+                shapes = {key: (value.shape, value.is_floating_point()) for key, value in optimizer.state[p].items()}
+                if shapes != {'step': ((), True), 'exp_avg': (p.shape, True), 'exp_avg_sq': (p.shape, True)}:
+                    wrong = ['optimizer']
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        wrong = [f'{type(error).__name__} {" ".join(str(error).split())[:80]}']
+    if wrong:
+        raise UserError(f'{path} cannot be resumed: what it holds does not fit this run ({", ".join(wrong)}). Start one that '
+                        'begins with its weights: --init_from=FOLDER and another --out_dir.')
+
+
 class Opened(NamedTuple):
     """A model ready to use. template is None for one that was never tuned by this code."""
     model: GPT

@@ -53,8 +53,13 @@ class Writer:
             self._write(split, '.idx.bin', 0)
         return self
 
-    def __exit__(self, *_):
-        self.stack.close()  # all of it, even where closing a file fails on a full disk
+    def __exit__(self, kind, error, traceback):
+        try:
+            self.stack.close()  # all of it, even where closing a file fails on a full disk
+        except OSError as failed:
+            error = error or failed
+        if isinstance(error, OSError):
+            raise UserError(f'could not write to {self.folder}: {error.strerror}. Make room, or use --out_dir=FOLDER.') from None
 
     def add(self, split, ids, mask, lengths):
         """Append conversations: ids and mask (n,) of all of them, lengths (conversations,)."""

@@ -174,21 +174,24 @@ class Trainer:
         self.config, self.procs, self.train_rows, self.val_rows = config, procs, train_rows, val_rows
         self.rows_per_step, self.last_row = config.batch_size * config.gradient_accumulation_steps, last_row
         self.model = opened.model.to(procs.device)
+        for p in self.model.parameters():
+            p.data = p.data.contiguous()  # transformers' weights come as transposed views
         self.dtype = pick_dtype(config.dtype, procs.device)
         self.optimizer = make_optimizer(config, self.model, procs.device)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
         if config.compile:
             self.model.compile()
         saved = opened.contents
+        if saved:
+            checkpoint.restore(saved, self.optimizer, self.scaler, opened.description)
         self.step, self.evaluated_at = saved.get('step', 0), saved.get('evaluated_at')
         self.best, self.n_worse = saved.get('best', math.inf), saved.get('n_worse', 0)
         self.loss_sum, self.n_tokens = saved.get('interval', (0.0, 0))  # since the last line of the log
         self.seconds = saved.get('seconds', 0.0)  # in steps: evaluations and saving are left out
         self.grad_norm, self.stop = 0.0, False
+        for group in self.optimizer.param_groups if self.step else ():
+            group['lr'] = learning_rate(config, self.step - 1)  # as the last step left it
         self.saved_at = self.step if saved and self.evaluated_at == self.step else None  # where ckpt.pt is worth keeping
-        if saved:
-            self.optimizer.load_state_dict(saved['optimizer'])
-            self.scaler.load_state_dict(saved['scaler'])
 
     @property
     def epoch(self):

@@ -23,7 +23,7 @@ class Config:
     data: str = 'data/oasst'   # a prepared folder
     shape: str = 'distilgpt2'  # distilgpt2, gpt2 or gpt2-medium
     rounds: int = 3            # of each setting
-    sizes: str = '1x512,2x512,4x512,8x512,4x128,4x256,4x1024'  # rows x positions; '' leaves training out
+    sizes: str = '1x512,4x512,8x512,4x128,4x1024'  # rows x positions; '' leaves training out
     conversations: str = '1000,10000,100000,1000000'  # to pack; '' leaves packing out
     player: str = ''           # set by the referee
 
@@ -50,7 +50,7 @@ def main(argv):
     config = configurator.load(Config, argv)
     if config.player:
         rows, positions = config.player.removeprefix('ours-').split('x')
-        steps = max(1, 8192 // (int(rows) * int(positions)))
+        steps = max(1, 4096 // (int(rows) * int(positions)))
         training.play_ours(contest.Stage(), training.Config(data=config.data, shape=config.shape, block_size=int(positions),
                                                            batch_size=int(rows), steps=steps, player=config.player))
     print(contest.versions('torch', 'numpy'))

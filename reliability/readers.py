@@ -16,7 +16,8 @@ import tokenizer as tokenizers
 import train
 from configurator import UserError
 from conversation import TEMPLATES, Turn, encode
-from model import GPT, GPTConfig, generate
+from decoding import generate
+from model import GPT, GPTConfig
 from reliability.targets import TOKENS, Target, change_bytes, spoil
 from tokenizer import Tokenizer
 

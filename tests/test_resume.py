@@ -93,6 +93,40 @@ def test_a_signal_in_the_middle(data, whole, tmp_path, monkeypatch, capfd, split
     assert_same_run(whole, tmp_path)
 
 
+def broken_states(contents):
+    """(what is named, the checkpoint with it) for states that do not fit the run."""
+    state = contents['optimizer']['state']
+    moment = next(iter(state))
+    for named, changes in (('best', {'best': 'x'}), ('TypeError', {'interval': (1.0, None)}), ('TypeError', {'interval': 3}),
+                           ('evaluated_at', {'evaluated_at': [1]}),
+                           ('optimizer', {'optimizer': {'state': {**state, moment: {**state[moment], 'exp_avg': torch.zeros(3)}}}}),
+                           ('optimizer', {'optimizer': {'state': {**state, moment: {'step': 3}}}}),
+                           ('KeyError', {'optimizer': {'state': {k: v for k, v in state.items() if k != moment}}}),
+                           ('Error', {'optimizer': 7}), ('Error', {'scaler': 'x'})):
+        yield named, {**contents, **changes}
+
+
+def test_a_state_that_does_not_fit_is_refused_in_one_line(whole, tmp_path):
+    contents, refused = checkpoint.load(whole / 'ckpt.pt'), []
+    for named, broken in broken_states(contents):
+        checkpoint.save(broken, tmp_path / 'ckpt.pt')
+        with pytest.raises(UserError) as error:
+            resume(tmp_path)
+        assert named in str(error.value) and '\n' not in str(error.value), error.value
+        refused.append(named)
+    assert len(refused) == 9
+
+
+def test_settings_of_the_optimizer_come_from_the_configuration(data, whole, tmp_path):
+    """Those in the file are not looked at: a stranger's could be anything."""
+    contents = checkpoint.load(whole / 'ckpt.pt')
+    for group in contents['optimizer']['param_groups']:
+        group['betas'] = ('x', 'y')
+    shutil.copytree(whole, tmp_path / 'out')
+    checkpoint.save(contents, tmp_path / 'out' / 'ckpt.pt')
+    assert resume(tmp_path / 'out', max_iters=13)['step'] == 13
+
+
 def test_a_second_signal_stops_at_once(data, tmp_path):
     """In a step of minutes."""
     process = start(*flags(data, tmp_path, gradient_accumulation_steps=20_000, eval_interval=1000))
