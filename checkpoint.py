@@ -105,9 +105,9 @@ def load(path, map_location='cpu'):
 
 def restore(contents, optimizer, scaler, path):
     """Give the optimizer and the scaler the state in a checkpoint's dict. UserError where it is not theirs."""
-    numbers = {'best': (float, int), 'n_worse': int, 'seconds': (float, int), 'evaluated_at': (int, type(None))}
+    kinds = {'best': (float, int), 'n_worse': int, 'seconds': (float, int), 'evaluated_at': (int, type(None)), 'scaler': dict}
     try:
-        wrong = [key for key, kind in numbers.items() if not isinstance(contents[key], kind)]
+        wrong = [key for key, kind in kinds.items() if not isinstance(contents[key], kind)]
         loss_sum, n_tokens = contents['interval']
         wrong += ['interval'] * (not isinstance(loss_sum + n_tokens, (float, int)))
         # The groups hold settings, which come from the configuration.
