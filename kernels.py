@@ -125,7 +125,7 @@ def _compiled_matvec():
 def keep_freed_memory():
     """Make Linux's malloc keep what is freed for the next tensor, instead of giving it back each time.
 
-    By default each large tensor is mapped anew and zeroed by the kernel a page at a time: a third of
+    By default each large tensor is mapped anew and zeroed by the kernel a page at a time: a fifth of
     a training step on a CPU. The process never shrinks below its peak.
     """
     if sys.platform == 'linux':
