@@ -101,6 +101,26 @@ TEMPLATES = {
 }
 
 
+def from_messages(messages):
+    """The turns of [{'role': …, 'content': …}, …], as chat interfaces have them; ValueError for what is none.
+
+    user and assistant in turn, from the user on. A system message may stand before: no template has a
+    place for it, so it becomes the beginning of the first user's text.
+    """
+    system, turns = '', []
+    for i, message in enumerate(messages):
+        role, content = message['role'], message['content']
+        if i == 0 and role == 'system':
+            system = content + '\n\n'
+            continue
+        if role != ROLES[len(turns) % 2]:
+            raise ValueError(f'message {i} has the role {role!r}, expected {ROLES[len(turns) % 2]!r}')
+        turns.append(Turn(role, system + content if not turns else content))
+    if not turns:
+        raise ValueError('there is no message of a user')
+    return turns
+
+
 def _encode_pieces(pieces, tokenizer):
     """[(ids, supervised), …] of pieces: a Special is its one id, a text is ordinary text."""
     return [([tokenizer.special[piece]] if isinstance(piece, Special) else tokenizer.encode(piece),

@@ -249,3 +249,14 @@ def test_stop_ids():
     assert conversation.stop_ids(BYTES) == {END_ASSISTANT, EOT}
     assert all(conversation.stop_ids(BYTES, template) == {EOT} for template in TEMPLATES if template != 'xml')
     assert conversation.stop_ids(Tokenizer('bytes', BYTES.tokens, tags=False)) == {EOT}
+
+
+def test_messages_of_a_chat_interface_become_turns():
+    user, answer = {'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}
+    assert conversation.from_messages([user, answer, user]) == [Turn('user', 'Hi'), Turn('assistant', 'Hello'), Turn('user', 'Hi')]
+    system = {'role': 'system', 'content': 'Be brief.'}
+    assert conversation.from_messages([system, user]) == [Turn('user', 'Be brief.\n\nHi')]
+    for wrong, said in (([answer], 'message 0'), ([user, user], 'message 1'), ([user, system], 'message 1'),
+                        ([system], 'no message'), ([], 'no message'), ([{'role': 'tool', 'content': ''}], "'tool'")):
+        with pytest.raises(ValueError, match=said):
+            conversation.from_messages(wrong)
