@@ -169,6 +169,13 @@ def prompt(turns, tokenizer, template='xml'):
     return [int(i) for ids, _ in _encode_pieces(pieces, tokenizer) for i in ids]
 
 
+def recent(turns, tokenizer, template, n_tokens):
+    """The turns without the oldest exchanges, so many that `prompt` has at most n_tokens; the last turn stays."""
+    while len(turns) > 2 and len(prompt(turns, tokenizer, template)) > n_tokens:
+        turns = turns[2:]
+    return turns
+
+
 def stop_ids(tokenizer, template='xml'):
     """The ids that end an answer; a tag that the tokenizer lacks is left out."""
     return {tokenizer.special[piece] for piece in TEMPLATES[template].stops if piece in tokenizer.special}

@@ -58,32 +58,37 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * B  # how many positions of each text are filled
         self.end = 0  # attention looks at the positions before this one
-        self.mask = None  # (B, 1, 1, end) bool, which of them each text may see, where they differ
-        self.at = None  # then: (rows, positions), each (B,), where the new keys and values go
+        self.mask = None  # which of them each new position may see, bool for attention, where causal does not say it
+        self.at = None  # (rows, positions), each (B,), where the new keys and values go, unless at the end of all
 
     def __call__(self, layer, qkv):
         """qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
         _, B, n_head, _, size = self.k.shape
         q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)  # each (B, n_head, t, size)
         keys, values = self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end]
-        if self.mask is None:
+        if self.at is None:
             keys[:, :, -q.shape[2]:], values[:, :, -q.shape[2]:] = k, v
         else:
             rows, at = self.at
             keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
-        y = F.scaled_dot_product_attention(q, keys, values, self.mask, is_causal=q.shape[2] > 1)
+        y = F.scaled_dot_product_attention(q, keys, values, self.mask,
+                                           is_causal=q.shape[2] > 1 and self.mask is None)
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
     def step(self, model, idx):
         """Feed idx (B, t), the next tokens of each text -> logits (B, vocab_size) after the last.
 
-        t > 1 only where nothing is filled yet: causal attention of several new positions starts there.
+        t > 1 only where all texts are equally long.
         """
         B, t = idx.shape
-        assert t == 1 or not any(self.lengths), (t, self.lengths)
-        lengths, self.end, self.mask = torch.tensor(self.lengths, device=idx.device), max(self.lengths) + t, None
+        lengths, self.end = torch.tensor(self.lengths, device=idx.device), max(self.lengths) + t
+        self.mask = self.at = None
         if len(set(self.lengths)) > 1:
+            assert t == 1, (t, self.lengths)
             self.see(lengths)
+        elif t > 1 and self.lengths[0]:  # a further piece of a prompt
+            positions = torch.arange(self.end, device=idx.device)
+            self.mask = positions <= positions[-t:, None]  # (t, end)
         positions = (lengths[:, None] + torch.arange(t, device=idx.device)).reshape(-1)
         x = model.body(idx.reshape(-1), positions, self).view(B, t, -1)
         self.lengths = [length + t for length in self.lengths]

@@ -156,8 +156,7 @@ def chat(config, opened, template):
         turns.append(Turn('user', text))
         try:
             ids = encode_prompt(lambda turns: conversation.prompt(turns, tokenizer, template), turns[-1:], opened)
-            while len(turns) > 1 and len(conversation.prompt(turns, tokenizer, template)) + room > window:
-                turns = turns[2:]  # the oldest exchange is forgotten
+            turns = conversation.recent(turns, tokenizer, template, window - room)
             ids = conversation.prompt(turns, tokenizer, template)
         except UserError as error:
             print(error, file=sys.stderr)
