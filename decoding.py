@@ -5,7 +5,6 @@
 A step reads every weight once, and on a CPU that is nearly all of its time: `prepare` lays them out
 for it, in the precision that is asked for.
 """
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -208,14 +207,14 @@ def choose(logits, temperature, top_k, top_p, generator):
     """Tokens (B,) int64 for logits (B, V) float32: the likeliest, or drawn from what top_k and top_p leave."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits, order = logits / temperature, None
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        logits, order = logits.topk(top_k)  # drawn among these few: of all 50,257 it takes ten times as long
+    elif top_p < 1:
+        logits, order = logits.sort(descending=True)
+    probabilities = logits.softmax(-1)
     if top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        probabilities = ranked.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # the mass of all that are likelier
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return (drawn if order is None else order.gather(-1, drawn))[:, 0]
