@@ -126,7 +126,7 @@ class Batch:
 
     def reset(self):
         """Begin anew, with nothing being written."""
-        self.reading = None  # (Request, its KVCache), whose prompt is being read
+        self.reading = None  # [Request, its KVCache], whose prompt is being read
         self.requests, self.slots, self.memory = [], Slots(self.model), Memory(self.remember)
         self.generators = []  # a request's own: what it draws does not depend on who else is there
 
@@ -157,27 +157,25 @@ class Batch:
 
     def read(self, n):
         """Read up to n tokens of the prompt whose turn it is; how many."""
-        if not self.reading:
-            request = self.waiting.popleft()
-            if self.is_over(request):
-                return 0
-            cache = KVCache(self.model, 1, len(request.prompt))
-            request.n_remembered = self.memory.fill(cache, request.prompt)
-            self.reading = request, cache
+        self.reading = self.reading or [self.waiting.popleft(), None]
         request, cache = self.reading
         if self.is_over(request):
             self.reading = None
             return 0
+        if not cache:
+            cache = self.reading[1] = KVCache(self.model, 1, len(request.prompt))
+            request.n_remembered = self.memory.fill(cache, request.prompt)
         piece = request.prompt[cache.lengths[0]:][:n]
         logits = cache.step(self.model, torch.tensor([piece], device=self.model.device))
         if cache.lengths[0] == len(request.prompt):
-            self.reading, generator = None, torch.Generator(self.model.device).manual_seed(request.seed)
+            generator = torch.Generator(self.model.device).manual_seed(request.seed)
             if self.write(request, generator, logits[0], cache.lengths[0]):
                 self.memory.keep(request.prompt, cache, 0)
             else:
                 self.slots.join(cache)
                 self.requests.append(request)
                 self.generators.append(generator)
+            self.reading = None  # not before: whatever fails on the way, the request is known
         return len(piece)
 
     def write(self, request, generator, logits, length):
@@ -212,7 +210,7 @@ class Batch:
 
     def fail(self):
         """End all that is under way: a round of it has failed."""
-        for request in (*self.requests, *([self.reading[0]] if self.reading else ())):
+        for request in {id(request): request for request in (*self.requests, *(self.reading or [])[:1])}.values():
             if not request.cancelled:
                 request.deliver(None, 'error')
         self.reset()

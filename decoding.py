@@ -215,6 +215,7 @@ def choose(logits, temperature, top_k, top_p, generator):
     probabilities = logits.softmax(-1)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities  # the mass of all that are likelier
+        before[:, 0] = -1  # the likeliest stays, however small top_p is
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return (drawn if order is None else order.gather(-1, drawn))[:, 0]

@@ -163,27 +163,30 @@ def test_a_store_that_grows_keeps_what_is_in_it(tiny):
     assert all(one.tokens == alone(tiny, one.request.prompt, 100, temperature=0.0) for one in asked)
 
 
-def test_the_worker_refuses_more_than_may_wait_and_survives_a_failure(tiny, monkeypatch, capsys):
+def test_the_worker_refuses_more_than_may_wait(tiny):
     batch = Batch(tiny, size=1, queue=1)
     worker = Worker([batch])
-    done = threading.Event()
     one, two = (Request(prompt(3), 2, lambda token, finish: None) for _ in range(2))
     worker.submit(batch, [one, two])
     with pytest.raises(Full):
         worker.submit(batch, [one])
-    events = []
+
+
+@pytest.mark.parametrize('at', ['while reading', 'while writing'])
+def test_a_failure_is_told_and_the_next_request_is_answered(tiny, monkeypatch, capsys, at):
+    batch, events, done = Batch(tiny, size=1), [], threading.Event()
+    worker = Worker([batch])
 
     def deliver(token, finish):
         events.append(finish)
         if finish:
             done.set()
-    batch.waiting.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(batch.slots, 'step', lambda *_: 1 / 0)
+        patch.setattr(*((batch, 'write') if at == 'while reading' else (batch.slots, 'step')), lambda *_: 1 / 0)
         worker.submit(batch, [Request(prompt(3), 5, deliver)])
         worker.start()
-        assert done.wait(10) and events[-1] == 'error'
+        assert done.wait(10) and events[-1] == 'error' and events.count('error') == 1
     done.clear()
-    worker.submit(batch, [Request(prompt(3), 5, deliver)])
+    worker.submit(batch, [Request(prompt(3), 5, deliver, top_p=1e-300)])
     assert done.wait(10) and events[-1] == 'length'
     assert 'ZeroDivisionError' in capsys.readouterr().err
