@@ -1,4 +1,5 @@
 # make demo: install, prepare, train and question a small model, on a bare machine with two cores.
+# make chat: open that model in the browser, beside the untrained one (after make demo).
 # make test: install what the tests need and run them.
 
 PYTHON ?= python3
@@ -7,6 +8,9 @@ export TOKENIZERS_PARALLELISM = false
 
 demo: .venv/demo
 	$(BIN)/python data/capitals/demo.py
+
+chat: .venv/serve
+	$(BIN)/python serve.py --init_from=out/capitals --compare=out/capitals-untrained --temperature=0
 
 test: .venv/test
 	$(BIN)/python -m pytest -q tests
@@ -17,11 +21,15 @@ test: .venv/test
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: .venv/demo requirements-test.txt
+.venv/serve: .venv/demo requirements-serve.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	touch $@
+
+.venv/test: .venv/serve requirements-test.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 clean:
 	rm -rf .venv out
 
-.PHONY: demo test clean
+.PHONY: demo chat test clean
