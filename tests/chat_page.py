@@ -124,11 +124,13 @@ def contrasts(page):
 
 
 def picture(url, path, *questions):
-    """Ask the server at url the questions, one after the other, and save what the page then shows."""
+    """Ask the server at url the questions, one after the other, greedily, and save what the page then shows."""
     with chromium() as browser:
-        page = browser.new_page(viewport={'width': 1080, 'height': 720})
+        page = browser.new_page(viewport={'width': 1080, 'height': 640})
         page.goto(url)
         page.wait_for_selector('#empty .answer')
+        page.get_by_label('Temperature').fill('0')
+        page.get_by_label('Length').fill('24')
         for question in questions:
             say(page, question)
             page.wait_for_selector('body:not(.busy)', timeout=600_000)

@@ -244,8 +244,7 @@ ERRORS = [
     ((500, [], {'message': 'the model failed'}), '', 'the model failed. Retry; the terminal of serve.py may say more.'),
     ((502, [], None), '', 'The server answered 502. Retry; the terminal of serve.py may say more.'),
     ((404, [], {'message': 'no such model'}), '', 'no such model. Reload the page: the server may have another model by now.'),
-    ((400, [], {'message': 'too long', 'code': 'context_length_exceeded'}), '',
-     'too long. Start a New chat, write less, or take a smaller Length.'),
+    ((400, [], {'message': 'too long', 'code': 'context_length_exceeded'}), '', 'too long. Write less, or start a New chat.'),
     (['The', {'error': {'message': 'the model failed'}}], 'The', 'the model failed. Retry; the terminal of serve.py may say more.'),
     (['The', OSError()], 'The', 'The connection broke before the answer ended. Retry.'),
     ([OSError()], '', 'The server does not answer. Start serve.py again, then Retry.')]
