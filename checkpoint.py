@@ -194,7 +194,9 @@ def _open_transformers(init_from, vocabulary):
         weights = _read_weights(folder)
         if sum(name.endswith('ln_1.weight') for name in weights) != config.get('n_layer'):  # before a billion are made
             raise ValueError(f"config.json has n_layer={config.get('n_layer')!r}, the weights another number of layers")
-        model = from_transformers(config, weights)
+        model, template = from_transformers(config, weights), config.get('conversation_template')
+        if template is not None and (type(template) is not str or template not in TEMPLATES):
+            raise ValueError(f'config.json has conversation_template={str(template)[:40]!r}, known are {", ".join(TEMPLATES)}')
     except UserError as error:
         raise UserError(f'{init_from} cannot be used: {error}') from None
     except (OSError, ValueError, ArithmeticError, RecursionError) as error:
@@ -206,7 +208,10 @@ def _open_transformers(init_from, vocabulary):
     if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(f'{init_from} has {model.config.vocab_size} tokens, the vocabulary {tokenizer.name!r} has '
                         f'{tokenizer.vocab_size}. Prepare the data with the vocabulary of the model: --tokenizer=FOLDER')
-    return Opened(model, tokenizer, None, init_from, {})
+    if template and TEMPLATES[template].tags > tokenizer.tags:
+        raise UserError(f'{init_from} says that it was tuned as {template!r}, and lacks the tags of that. Delete '
+                        'conversation_template from its config.json, and name the template where it is asked for.')
+    return Opened(model, tokenizer, template, init_from, {})
 
 
 def _read_weights(folder):

@@ -75,13 +75,13 @@ def _question(turn):
 _TASK = 'Below is an instruction that describes a task'
 _WITH_INPUT = ', paired with an input that provides further context'
 _REQUEST = '. Write a response that appropriately completes the request.'
-_INSTRUCTION, _INPUT, _RESPONSE = '\n\n### Instruction:\n', '\n\n### Input:\n', '\n\n### Response:\n'
+HEADINGS = _INSTRUCTION, _INPUT, _RESPONSE = '\n\n### Instruction:\n', '\n\n### Input:\n', '\n\n### Response:\n'
 
 
 def _alpaca(turn):
     if turn.role == 'assistant':
         return [(turn.text, turn.supervised), _special(END_OF_TEXT, turn.supervised)]
-    for heading in (_INSTRUCTION, _INPUT, _RESPONSE):
+    for heading in HEADINGS:
         # The headings are plain text, so a message could forge one: refused, not guessed at.
         if heading in '\n\n' + turn.text + '\n\n' + turn.context + '\n':
             raise ValueError(f'the message contains the heading {heading.strip()!r} of the template')

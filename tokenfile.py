@@ -300,3 +300,10 @@ class Rows:
 def fingerprint(folder):
     """sha256 over the splits' hashes: a run can be resumed, bit for bit, on equal ones alone."""
     return hashlib.sha256(json.dumps(read_meta(folder)['splits'], sort_keys=True).encode()).hexdigest()
+
+
+def sources(folders):
+    """[{'dataset', 'tokens', 'source'}] of prepared folders: what a checkpoint keeps of where its data is from."""
+    metas = [read_meta(folder) for folder in folders]
+    return [{'dataset': os.path.basename(os.path.normpath(folder)), 'source': meta.get('source'),
+             'tokens': sum(counts['tokens'] for counts in meta['splits'].values())} for folder, meta in zip(folders, metas)]

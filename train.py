@@ -328,7 +328,8 @@ def train(config, procs):
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = start_model(config, folders)
     run = {'config': configurator.as_dict(config), 'data': [tokenfile.fingerprint(folder) for folder in folders],
-           'torchrun': os.environ.get('TORCHELASTIC_RUN_ID', 'none')}
+           'torchrun': os.environ.get('TORCHELASTIC_RUN_ID', 'none'),
+           'origin': opened.contents.get('origin', {'init_from': config.init_from, 'data': tokenfile.sources(folders)})}
     there = [] if config.init_from == 'resume' or config.eval_only else checkpoint.files(config.out_dir)
     if there and not config.overwrite:
         raise UserError(f'{there[-1]} is there already. Go on with it: --init_from=resume; or replace it: '
