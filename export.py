@@ -132,14 +132,15 @@ def chat_template(name, tokenizer):
 # ---- the vocabulary ----
 
 def merges(tokens):
-    """The pairs of tokens (bytes) that merge into each token after the 256 bytes, in order."""
+    """The pairs of tokens (bytes) that merge into each token after the 256 bytes, in order; UserError where none do."""
     ranks, found = {token: i for i, token in enumerate(tokens)}, []
     for rank, token in enumerate(tokens[256:], 256):
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:  # as text is encoded, with the tokens before this one alone
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
             i = pairs.index(min(pairs))
-            assert pairs[i] < rank, token
+            if pairs[i] == rank:
+                raise UserError(f'the vocabulary cannot be exported: no two tokens before it merge into its token {token!r}.')
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         found.append(tuple(parts))
     return found
