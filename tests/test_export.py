@@ -22,6 +22,7 @@ from configurator import UserError
 from conversation import TEMPLATES, Turn
 from model import GPT, GPTConfig
 from tokenizer import END_OF_TEXT, TAGS
+from conftest import TEXTS
 
 transformers = pytest.importorskip('transformers')
 PIECES = [*TAGS, END_OF_TEXT, '<', '>', '<user', '</', '|>', '### Response:', '### Instruction:', '\n', '\n\n', ' ', '  ', '\t', '\xa0', '\u2003', '\x1c',
@@ -57,11 +58,20 @@ def exported(source, out, **keys):
 
 
 @pytest.fixture(scope='session')
-def folders(tmp_path_factory, vocabulary):
+def spaced(tmp_path_factory):
+    """The path of a vocabulary that has runs of white space as tokens, as GPT-2's has: what stands side by side can fuse."""
+    path = str(tmp_path_factory.mktemp('spaced') / 'tokenizer.json')
+    runs = [one + other + letter for one in (' ', '\n', '\t', '\n\n', '  ') for other in ('', ' ', '\n', '\t') for letter in ('', 'a', '.')]
+    tokenizers.learn([*TEXTS, *(run * n for run in runs for n in (1, 2, 3))], 400, path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def folders(tmp_path_factory, spaced):
     """{template: (exported folder, our tokenizer)}; two have the tags without needing them."""
     base, found = tmp_path_factory.mktemp('exported'), {}
     for template in TEMPLATES:
-        bpe = tokenizers.load(vocabulary, tags=template in ('xml', 'plain', 'alpaca'))
+        bpe = tokenizers.load(spaced, tags=template in ('xml', 'plain', 'alpaca'))
         found[template] = exported(make(base / f'out-{template}', bpe, template), base / template), bpe
     return found
 
