@@ -27,8 +27,9 @@ NOT_RECIPE = ('init_from', 'out_dir', 'data_dir', 'overwrite', 'eval_only', 'wan
 
 
 def line(value, longest=200):
-    """The value as one line of printable characters."""
-    text = ''.join(c if c.isprintable() else ' ' for c in str(value)[:longest + 1])
+    """The value as one line of printable characters; of what is neither text nor number its kind."""
+    text = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    text = ''.join(c if c.isprintable() else ' ' for c in text[:longest + 1])
     return text if len(text) <= longest else text[:longest - 1] + '…'
 
 
@@ -66,12 +67,13 @@ def card(title, opened, folder, dtype, report=''):
     origin = contents.get('origin')
     origin = origin if isinstance(origin, dict) else {}
     begun, data = origin.get('init_from'), origin.get('data')
+    begun = begun if isinstance(begun, str) else None
     base = OWNERS.get(begun, '') + begun if begun in HUB_NAMES else None
     data = [part for part in (data if isinstance(data, list) else []) if isinstance(part, dict)]
     sources = [part['source'] if isinstance(part.get('source'), dict) else {} for part in data]
     urls = [url if isinstance(url := source.get('url'), str) and re.fullmatch(r'https?://[\w./%?=:+@,-]+', url) else None
             for source in sources]
-    licences = {str(source['licence']) for source in sources if source.get('licence')}
+    licences = {line(source['licence']) for source in sources if source.get('licence')}
     on_hub = [found[1] for url in urls if url and (found := re.match(r'https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/', url))]
     licence = next(iter(licences)).lower() if len(licences) == 1 else 'other'
     front = {'library_name': 'transformers', 'pipeline_tag': 'text-generation',
@@ -80,7 +82,7 @@ def card(title, opened, folder, dtype, report=''):
     n_parameters = sum(p.numel() for p in opened.model.parameters()) - (shape.padded_vocab_size - shape.vocab_size) * shape.n_embd
     start = (f'It began with the weights of [{base}](https://huggingface.co/{base}).' if base else
              'It was trained from scratch.' if begun == 'scratch' else 'The checkpoint does not say which weights it began with.'
-             if begun in (None, 'resume') else f'It began with the weights of {escaped(os.path.basename(os.path.normpath(str(begun))))}.')
+             if begun in (None, 'resume') else f'It began with the weights of {escaped(os.path.basename(os.path.normpath(begun)))}.')
     example = [Turn('user', 'What is the capital of France?'), Turn('assistant', 'The capital of France is Paris.')]
     ids, mask, _ = conversation.encode(example, opened.tokenizer, opened.template)
     parts = [
@@ -105,7 +107,7 @@ def card(title, opened, folder, dtype, report=''):
                  if data else 'The checkpoint does not say what it was trained on.')
 
     recipe = {key: value for key, value in run.items() if isinstance(key, str) and key not in NOT_RECIPE}
-    parts += ['## Recipe', code('\n'.join(line(f'{key} = {value!r}') for key, value in recipe.items())) if recipe else
+    parts += ['## Recipe', code('\n'.join(f'{line(key)} = {line(repr(value) if isinstance(value, str) else value)}' for key, value in recipe.items())) if recipe else
               'The checkpoint does not say how it was trained.']
 
     rows = []

@@ -23,11 +23,12 @@ _held = set()  # (process, folder): within a claim the same process may claim th
 
 
 @contextlib.contextmanager
-def claimed(folder, leftovers=None):
+def claimed(folder, leftovers=None, option='out_dir'):
     """Keep the folder, made if need be, to this process until the block ends.
 
     leftovers: the pattern of names that a killed process leaves half-written; they are removed, as nobody
-    can be writing them now. UserError where another process has the folder, or it cannot be written to.
+    can be writing them now. option: the key that names another folder. UserError where another process has
+    this one, or it cannot be written to.
     """
     key = os.getpid(), os.path.realpath(folder)
     if key in _held:
@@ -36,11 +37,11 @@ def claimed(folder, leftovers=None):
     path, new = os.path.join(folder, '.lock'), not os.path.isdir(folder)
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = _lock(path) if fcntl else None
+        lock = _lock(path, option) if fcntl else None
         for left in glob.glob(os.path.join(glob.escape(folder), leftovers)) if lock and leftovers else ():
             shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
     except OSError as error:
-        raise UserError(f'cannot write to {folder}: {error.strerror}. Use --out_dir=FOLDER.') from None
+        raise UserError(f'cannot write to {folder}: {error.strerror}. Use --{option}=FOLDER.') from None
     _held.add(key)
     try:
         yield
@@ -54,7 +55,7 @@ def claimed(folder, leftovers=None):
                 os.rmdir(folder)  # if nothing came of it
 
 
-def _lock(path):
+def _lock(path, option):
     """The open, locked file at path. UserError where another process has it."""
     while True:
         lock = open(path, 'a+', encoding='utf-8')
@@ -64,7 +65,7 @@ def _lock(path):
         except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise UserError(f'{os.path.dirname(path)} is being written to by another process ({lock.read(100) or "starting"}). '
-                            'Wait until it ends, or write elsewhere: --out_dir=FOLDER') from None
+                            f'Wait until it ends, or write elsewhere: --{option}=FOLDER') from None
         if os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
             lock.truncate(0)
             lock.write(f'{os.getpid()} on {socket.gethostname()}')

@@ -273,7 +273,7 @@ def main(argv):
     partial = f'{out}.partial'
     new, old = os.path.join(partial, 'new'), os.path.join(partial, 'old')
     try:
-        with claimed(partial, '*'):
+        with claimed(partial, '*', 'out'):
             try:
                 write(new, texts, weights)
                 if config.gguf:

@@ -305,7 +305,7 @@ def test_what_a_kill_left_is_cleared_away(source, tmp_path):
 
 @pytest.mark.parametrize('keys, said', [
     (dict(out=''), '--out=FOLDER'), (dict(dtype='int8'), "dtype='int8'"), (dict(which='first'), "which='first'"),
-    (dict(init_from='nowhere'), 'neither a folder nor'), (dict(out='/proc/x/y'), '/proc/x/y')])
+    (dict(init_from='nowhere'), 'neither a folder nor'), (dict(out='/proc/x/y'), 'cannot write to /proc/x/y.partial: .* Use --out=FOLDER')])
 def test_a_mistake_gets_one_line(source, tmp_path, keys, said):
     with pytest.raises(UserError, match=said) as caught:
         exported(**{'source': source, 'out': tmp_path / 'my', **keys} if 'init_from' not in keys else
