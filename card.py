@@ -20,6 +20,7 @@ import runlog
 from checkpoint import HUB_NAMES
 from configurator import UserError
 from conversation import Turn
+from tokenizer import GPT2_SHA256
 
 LICENCES = ('apache-2.0', 'mit', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc0-1.0')  # the hub's names for them
 OWNERS = {'distilgpt2': 'distilbert/'} | {name: 'openai-community/' for name in HUB_NAMES if name.startswith('gpt2')}
@@ -126,9 +127,10 @@ def card(title, opened, folder, dtype, report=''):
     where, question = line(title), 'What is the capital of France?'
     python = ['from transformers import pipeline', f'ask = pipeline("text-generation", {json.dumps(where)})',
               f'print(ask([{{"role": "user", "content": "{question}"}}])[0]["generated_text"][-1]["content"])']
-    shell = [f'python sample.py --init_from={shlex.quote(where)} --temperature=0 --user="{question}"   # in the repository that trained it',
-             f'python convert_hf_to_gguf.py {shlex.quote(where)} --outfile model.gguf   # in llama.cpp, then:',
-             'llama-cli -m model.gguf']
+    own = opened.tokenizer.sha256 != GPT2_SHA256  # llama.cpp's converter knows vocabularies by a hash of its own
+    gguf = (f'python export.py --init_from={shlex.quote(where)} --out=FOLDER --gguf=True   # there; FOLDER/model.gguf is for llama.cpp' if own else
+            f'python convert_hf_to_gguf.py {shlex.quote(where)} --outfile model.gguf   # in the sources of llama.cpp')
+    shell = [f'python sample.py --init_from={shlex.quote(where)} --temperature=0 --user="{question}"   # in the repository that trained it', gguf]
     parts += ['## Use', code('\n'.join(python)), code('\n'.join(shell))]
     parts += ['## Limits',
               'A GPT-2 of this size speaks in the form of an assistant and is often wrong. Nothing was done to make it safe: it repeats '
