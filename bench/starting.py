@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import contest  # also finds the repository's modules
 
 import configurator
+import export
 import tokenizer
 from configurator import REPOSITORY
 from training import SHAPES
@@ -44,15 +45,8 @@ def make_folder(shape, folder):
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(folder)
     tokens = tokenizer.load('gpt2', tags=False).tokens
-    rank = {token: i for i, token in enumerate(tokens)}
-    merges = []
-    for token in tokens[256:]:  # the pair a token was merged from: its bytes, merged by all that came before
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(tokens)))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        merges.append(' '.join(map(tokenizer.to_unicode, parts)))
-    vocabulary = {tokenizer.to_unicode(token): i for token, i in rank.items()} | {'<|endoftext|>': 50256}
+    merges = [' '.join(map(tokenizer.to_unicode, pair)) for pair in export.merges(tokens)]
+    vocabulary = {tokenizer.to_unicode(token): i for i, token in enumerate(tokens)} | {'<|endoftext|>': 50256}
     with open(os.path.join(folder, 'vocab.json'), 'w', encoding='utf-8') as file:
         json.dump(vocabulary, file, ensure_ascii=False)
     with open(os.path.join(folder, 'merges.txt'), 'w', encoding='utf-8') as file:

@@ -38,7 +38,7 @@ def test_packing_is_measured():
     assert '| 1,000 |' in out and '%' in out
 
 
-@pytest.mark.parametrize('name', ['training.py', 'decoding.py'])
+@pytest.mark.parametrize('name', ['training.py', 'decoding.py', 'serving.py'])
 def test_an_unknown_player_is_refused(name, script):
     found = script(os.path.join('bench', name), '--players=nobody')
     assert found.returncode == 2 and found.stderr.startswith("players='nobody': expected "), found.stderr
