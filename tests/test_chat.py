@@ -172,7 +172,7 @@ def test_a_reload_keeps_chat_settings_and_draft_and_another_tab_has_them_too(ope
 
 def test_broken_contents_of_the_storage_begin_a_new_chat(open_page, stub):
     page = open_page("""const planted = window.origin !== 'null' && sessionStorage.getItem('planted');
-        if (planted) { localStorage.setItem('chat', planted); sessionStorage.clear(); }""")
+        if (planted) { localStorage.setItem('serve.py', planted); sessionStorage.clear(); }""")
     for kept in ('no JSON', 'null', '7', '[]', '{"exchanges": 3, "temperature": "hot", "max_tokens": {}, "draft": 5}',
                  '{"exchanges": [null], "temperature": 99, "max_tokens": -1}', '{"exchanges": [{"user": "a"}], "previous": {}}',
                  '{"exchanges": [{"user": "a", "answers": {"m": {"text": 1}}}]}', '{"exchanges": [{"user": {}, "answers": {}}]}'):
@@ -304,7 +304,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(open_page, stub):
         if n:
             say(page, 'w' * 200)
             done(page, n)
-        assert page.evaluate('[document.documentElement.scrollWidth, innerWidth]') == [390, 390]
+        assert page.evaluate("(({scrollWidth, scrollHeight}) => [scrollWidth, scrollHeight])(document.documentElement)") == [390, 844]
         outside = page.locator('body *:not(.hidden)').evaluate_all("""all => all.filter(one => one.checkVisibility() &&
             (one.getBoundingClientRect().right > 390 || one.getBoundingClientRect().left < 0)).map(one => one.outerHTML)""")
         assert outside == [] and page.locator('#log').evaluate('log => log.scrollWidth <= log.clientWidth')
