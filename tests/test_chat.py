@@ -304,7 +304,8 @@ def test_a_phone_shows_all_without_scrolling_sideways(open_page, stub):
         if n:
             say(page, 'w' * 200)
             done(page, n)
-        assert page.evaluate("(({scrollWidth, scrollHeight}) => [scrollWidth, scrollHeight])(document.documentElement)") == [390, 844]
+        root = page.locator('html')
+        assert root.evaluate('root => [root.scrollWidth, root.scrollHeight]') == [390, 844]
         outside = page.locator('body *:not(.hidden)').evaluate_all("""all => all.filter(one => one.checkVisibility() &&
             (one.getBoundingClientRect().right > 390 || one.getBoundingClientRect().left < 0)).map(one => one.outerHTML)""")
         assert outside == [] and page.locator('#log').evaluate('log => log.scrollWidth <= log.clientWidth')
