@@ -126,7 +126,7 @@ def contrasts(page):
 def picture(url, path, *questions):
     """Ask the server at url the questions, one after the other, greedily, and save what the page then shows."""
     with chromium() as browser:
-        page = browser.new_page(viewport={'width': 1080, 'height': 640})
+        page = browser.new_page(viewport={'width': 1080, 'height': 740})
         page.goto(url)
         page.wait_for_selector('#empty .answer')
         page.get_by_label('Temperature').fill('0')
