@@ -160,7 +160,7 @@ class Job:
         for prompt in prompts:
             if len(prompt) > window:
                 raise ApiError(400, f'the prompt has {len(prompt):,} tokens, the model reads {window:,}: shorten it'
-                               f'{", or ask with truncation=auto" if chat else ""}.', 'messages' if chat else 'prompt',
+                               f'{", or ask with truncation=auto" if chat and body.truncation != "auto" else ""}.', 'messages' if chat else 'prompt',
                                'context_length_exceeded')
         template = served.template if chat else 'xml'
         read = (lambda ids: conversation.answer_text(ids, tokenizer, template)) if chat else tokenizer.decode

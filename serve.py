@@ -88,12 +88,13 @@ class Served(NamedTuple):
     opened: checkpoint.Opened
     template: str
     batch: Batch
+    defaults: dict  # what the page begins with
 
     def entry(self):
         """What /v1/models says of it."""
         return {'id': self.name, 'object': 'model', 'created': STARTED, 'owned_by': 'local', 'role': self.role,
                 'description': self.opened.description, 'template': self.template,
-                'window': self.opened.model.config.block_size}
+                'window': self.opened.model.config.block_size, 'defaults': self.defaults}
 
 
 STARTED = int(time.time())
@@ -109,7 +110,8 @@ def open_served(config, name, role, device):
     dtype = prepare(opened.model, device, config.dtype, config.compile)
     name = os.path.normpath(config.out_dir if name == 'resume' else name)
     print(f'{name}: {opened.description}, on {device} in {dtype}, template {template}', flush=True)
-    return Served(name, role, opened, template, Batch(opened.model, config.batch_size, config.queue, config.remember))
+    return Served(name, role, opened, template, Batch(opened.model, config.batch_size, config.queue, config.remember),
+                  {'temperature': config.temperature, 'max_tokens': config.max_new_tokens})
 
 
 # ---- the server ----
@@ -168,8 +170,8 @@ def make_app(config, models, worker):
         try:
             worker.submit(served.batch, job.requests)
         except Full:
-            return error_response(f'{len(served.batch.waiting)} requests wait already. Try again in a moment.', 429,
-                                  code='queue_full', **{'Retry-After': '1'})
+            return error_response(f'all {config.batch_size} places are taken, and {len(served.batch.waiting)} requests wait already. '
+                                  'Try again in a moment.', 429, code='queue_full', **{'Retry-After': '1'})
         if body.stream:
             with_usage = bool((body.stream_options or {}).get('include_usage'))
             return StreamingResponse(job.stream(with_usage), media_type='text/event-stream',

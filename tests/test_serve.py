@@ -113,6 +113,7 @@ def wait_until(true, seconds=10):
 def test_the_models_are_listed(server):
     tuned, other = server.client.models.list().data
     assert (tuned.id, tuned.role, tuned.template, tuned.window) == ('tuned', 'tuned', 'xml', 1024)
+    assert tuned.defaults == {'temperature': 0.8, 'max_tokens': 256}  # what the page begins with
     assert (other.id, other.role, other.template) == ('other', 'compare', 'alpaca')
     assert server.client.models.retrieve('tuned').id == 'tuned'
     with pytest.raises(openai.NotFoundError, match='there is tuned, other'):
@@ -328,6 +329,8 @@ def test_the_page_shows_what_the_interface_answers(server):
         page.on('console', lambda message: faults.append(message.text))
         page.on('pageerror', lambda error: faults.append(str(error)))
         page.goto(f'{server.url}/')
+        page.wait_for_selector('#empty .answer')
+        assert page.get_by_label('Temperature').input_value() == '0.8'  # the server's; the page's own is another
         page.get_by_label('Temperature').fill('0')
         page.get_by_label('Length').fill('20')
         messages = {name: [] for name in ('tuned', 'other')}
