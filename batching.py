@@ -47,6 +47,7 @@ class Request:
     cancelled: bool = False  # set by whoever asked and has gone; nothing is delivered from then on
     written: list = field(default_factory=list)  # the tokens of the answer so far
     n_remembered: int = 0  # positions of the prompt that did not have to be read
+    times: list = field(default_factory=list)  # of the first and the last token, on time.monotonic's clock
 
 
 class Slots(KVCache):
@@ -187,6 +188,7 @@ class Batch:
             request.deliver(None, 'stop')
             return True
         request.written.append(token)
+        request.times[1:] = [time.monotonic()]
         full = len(request.written) == request.max_new_tokens or length == self.model.config.block_size
         request.deliver(token, 'length' if full else None)
         return full

@@ -201,6 +201,15 @@ class Job:
             for request in self.requests:  # who has gone leaves the place free
                 request.cancelled = True
 
+    def timings(self):
+        """How long the first token took, and tokens per second from then on, of all answers together; not in OpenAI's."""
+        written = [request for request in self.requests if request.times]
+        if not written:  # all ended at once
+            return {'first_token_s': None, 'tokens_per_s': None}
+        first, last = min(request.times[0] for request in written), max(request.times[-1] for request in written)
+        n = sum(len(request.written) - 1 for request in written)
+        return {'first_token_s': first - self.started, 'tokens_per_s': n / (last - first) if last > first else None}
+
     def log(self):
         """A line for the operator."""
         usage, seconds = self.usage(), time.monotonic() - self.started
@@ -226,7 +235,7 @@ class Job:
         choices = [{'index': i, 'logprobs': None, 'finish_reason': answer.finish,
                     **({'message': {'role': 'assistant', 'content': answer.text, 'refusal': None}} if self.chat else {'text': answer.text})}
                    for i, answer in enumerate(self.answers)]
-        return JSONResponse(self.envelope(choices) | {'usage': self.usage()})
+        return JSONResponse(self.envelope(choices) | {'usage': self.usage(), 'timings': self.timings()})
 
     async def stream(self, with_usage):
         """The response as server-sent events."""
@@ -246,7 +255,7 @@ class Job:
                 if finish:
                     yield event(choice(i, '', finish), **more)
             if with_usage:
-                yield event([], usage=self.usage())
+                yield event([], usage=self.usage(), timings=self.timings())
             yield 'data: [DONE]\n\n'
         except ApiError as error:  # the status has gone out already
             yield f'data: {json.dumps(error_body(error.message, error.status, error.param, error.code))}\n\n'

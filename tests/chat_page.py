@@ -85,7 +85,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 continue
             self.event(piece if isinstance(piece, dict) else {'choices': [{'delta': {'content': piece}, 'finish_reason': None}]})
         self.event({'choices': [{'delta': {}, 'finish_reason': self.server.finish}]})
-        self.event({'choices': [], 'usage': {'prompt_tokens': 9, 'completion_tokens': 7, 'total_tokens': 16}})
+        self.event({'choices': [], 'usage': {'prompt_tokens': 9, 'completion_tokens': 7, 'total_tokens': 16},
+                    'timings': {'first_token_s': 0.1, 'tokens_per_s': 41.27}})
         self.wfile.write(b'data: [DONE]\n\n')
 
     def event(self, data):

@@ -126,6 +126,7 @@ def test_an_answer_is_that_of_sample_py(server, models):
     assert answer.choices[0].message.content == written_alone(models[1], prompt_of(), 20, temperature=0)
     assert answer.choices[0].finish_reason == 'length'
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt_of()), 20)
+    assert 0 < answer.timings['first_token_s'] < 20 and answer.timings['tokens_per_s'] > 0
     turns = [*QUESTION, {'role': 'assistant', 'content': 'Paris'}, {'role': 'user', 'content': 'And Japan?'}]
     answer = server.client.chat.completions.create(model='other', messages=turns, temperature=0, max_tokens=9)
     assert answer.choices[0].message.content == written_alone(models[2], prompt_of(turns, 'alpaca'), 9, 'alpaca', temperature=0)
