@@ -15,11 +15,12 @@ from dataclasses import asdict, fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import tokenizer as tokenizers
 from configurator import UserError
 from conversation import TEMPLATES
-from model import GPT, GPTConfig, from_transformers
+from model import VOCAB_MULTIPLE, GPT, GPTConfig, from_transformers
 
 FORMAT_VERSION = 1
 KEYS = {'format_version': int, 'model': dict, 'model_args': dict, 'template': str, 'tokenizer': dict, 'config': dict,
@@ -79,19 +80,35 @@ def keep_older(path, step, n):
         raise UserError(f'could not keep {path} as {kept}: {error.strerror}. --keep=0 does without.') from None
 
 
-def load(path, map_location='cpu'):
-    """The dict at path, read without running anything in it; UserError for what is no checkpoint."""
+def load(path):
+    """The checkpoint at path, a dict; UserError for what is none, or none of this code."""
+    contents = _read(path)
+    if is_nanogpt(contents):
+        raise UserError(f"{path} is nanoGPT's: no run of this code can go on from it. Start one that begins with its weights: "
+                        f'--init_from={os.path.dirname(path) or "."} and another --out_dir.')
+    return _checked(contents, path)
+
+
+def _read(path):
+    """The dict at path, read without running anything in it; UserError where that cannot be."""
     if not os.path.exists(path):
         raise UserError(f'{path} not found. Train first: python train.py config/finetune_oasst.py, '
                         'or name the folder: --out_dir=FOLDER')
     try:
-        contents = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-        missing = [key for key in KEYS if key not in contents]
-        wrong = [key for key in KEYS if key not in missing and not isinstance(contents[key], KEYS[key])]
+        contents = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        if not isinstance(contents, dict):
+            raise ValueError(f'found a {type(contents).__name__}, expected a dict')
+        return contents
     except Exception as error:  # the reader meets whatever a damaged or hostile file makes it meet
         reason = str(error).strip().split('\n')[0][:120]
         raise UserError(f'{path} is not a checkpoint that can be read safely: {type(error).__name__} {reason}') from None
-    version = contents.get('format_version') if isinstance(contents, dict) else None
+
+
+def _checked(contents, path):
+    """The dict, which must be a checkpoint of this code and of this format."""
+    missing = [key for key in KEYS if key not in contents]
+    wrong = [key for key in KEYS if key not in missing and not isinstance(contents[key], KEYS[key])]
+    version = contents.get('format_version')
     if type(version) is int and version != FORMAT_VERSION:
         raise UserError(f'{path} is of format {version}, {"older" if version < FORMAT_VERSION else "newer"} than this code, '
                         f'which reads {FORMAT_VERSION}. Use it with the code that wrote it.')
@@ -140,7 +157,8 @@ def from_contents(contents, description=''):
     try:
         config, state = GPTConfig(**contents['model_args']), contents['model']
         shape = asdict(config)
-        if any(type(shape[field.name]) is not field.type for field in fields(config)) or min(shape.values()) < 0:
+        if any(type(shape[field.name]) is not field.type for field in fields(config)) or config.gelu not in ('tanh', 'none') \
+                or min(value for value in shape.values() if not isinstance(value, str)) < 0:
             raise ValueError(f'model_args are {shape}')
         if sum(name.endswith('.ln_1.weight') for name in state) != config.n_layer:  # before a billion are made
             raise ValueError('the number of layers')
@@ -148,7 +166,7 @@ def from_contents(contents, description=''):
             model = GPT(config)
         model.load_state_dict(state, assign=True)
         tokenizer, template = tokenizers.from_state(contents['tokenizer']), contents['template']
-        if tokenizer.vocab_size != config.vocab_size or TEMPLATES[template].tags > tokenizer.tags:
+        if tokenizer.vocab_size != config.vocab_size or template is not None and TEMPLATES[template].tags > tokenizer.tags:
             raise ValueError('the vocabulary')
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ArithmeticError) as error:
         reason = ' '.join(str(error).split())[:120]
@@ -156,10 +174,38 @@ def from_contents(contents, description=''):
     return Opened(model, tokenizer, template, description, contents)
 
 
+def is_nanogpt(contents):
+    """Whether the dict is a ckpt.pt of https://github.com/karpathy/nanoGPT."""
+    kinds = {'model': dict, 'model_args': dict, 'iter_num': int}
+    return 'format_version' not in contents and all(isinstance(contents.get(key), kind) for key, kind in kinds.items())
+
+
+def from_nanogpt(contents, path):
+    """The Opened model of nanoGPT's checkpoint. It has GPT-2's vocabulary, and our tags where it has rows for them."""
+    try:
+        # torch.compile puts the prefix there; a mask lies there from before there was scaled_dot_product_attention
+        state = {name.removeprefix('_orig_mod.'): tensor.float() for name, tensor in contents['model'].items()
+                 if not name.endswith('.attn.bias')}
+        wte = state['transformer.wte.weight']
+        if not torch.equal(state.pop('lm_head.weight', wte), wte):
+            raise ValueError('its head is not tied to the embedding')
+        if len(wte) not in (50257, 50304):
+            raise UserError(f"{path} is nanoGPT's with a vocabulary of {len(wte)} tokens; expected GPT-2's, 50257 or 50304. "
+                            'A model of single characters cannot be opened here.')
+        tokenizer = tokenizers.load('gpt2', tags=len(wte) == 50304)
+        state['transformer.wte.weight'] = F.pad(wte[:tokenizer.vocab_size], (0, 0, 0, -tokenizer.vocab_size % VOCAB_MULTIPLE))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f'{path} does not fit together: {type(error).__name__} {" ".join(str(error).split())[:120]}') from None
+    args = {'bias': True, **contents['model_args'], 'vocab_size': tokenizer.vocab_size, 'gelu': 'none'}  # it computes the exact one
+    description = f"{path} (nanoGPT's, step {contents['iter_num']})"
+    opened = from_contents({'model_args': args, 'model': state, 'tokenizer': tokenizer.state(), 'template': None}, description)
+    return opened._replace(contents={})
+
+
 def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
     """An Opened model: 'resume' (the checkpoint in out_dir), a folder, or a hub name.
 
-    A folder may hold a checkpoint of this code or a model in transformers' form. which: 'last' or
+    A folder may hold a checkpoint of this code or of nanoGPT, or a model in transformers' form. which: 'last' or
     'best', of the checkpoints, where both are there. vocabulary: the Tokenizer of the data to train on; without one, the
     model's own, or GPT-2's, which `tags` gives the six tags. The model gets rows for tags it lacks.
     """
@@ -167,9 +213,12 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     paths = [os.path.join(folder, name) for name in (('best.pt', 'ckpt.pt') if which == 'best' else ('ckpt.pt', 'best.pt'))]
     found = next((path for path in paths if os.path.exists(path)), None)
     if found or init_from == 'resume':
-        contents = load(found or os.path.join(folder, 'ckpt.pt'))
-        loss = '' if contents['val_loss'] is None else f", val_loss {contents['val_loss']:.4f}"
-        opened = from_contents(contents, f"{found} (step {contents['step']}{loss})")
+        contents = _read(found or os.path.join(folder, 'ckpt.pt'))
+        if is_nanogpt(contents):
+            opened = from_nanogpt(contents, found)
+        else:
+            loss = '' if _checked(contents, found)['val_loss'] is None else f", val_loss {contents['val_loss']:.4f}"
+            opened = from_contents(contents, f"{found} (step {contents['step']}{loss})")
     else:
         opened = _open_transformers(init_from, vocabulary or None)
     wanted = vocabulary or opened.tokenizer

@@ -19,6 +19,7 @@ from configurator import UserError
 from kernels import LinearCrossEntropy
 
 VOCAB_MULTIPLE = 128  # of rows in the embedding: what matrix units like
+GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}  # transformers' names for them, and torch's
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GPTConfig:
     vocab_size: int = 50257
     dropout: float = 0.0
     bias: bool = True
+    gelu: str = 'tanh'  # as torch names it: GPT-2's; 'none' is the exact one, nanoGPT's
 
     @property
     def padded_vocab_size(self):
@@ -49,7 +51,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(C, bias=bias)
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(C, 4 * C, bias), c_proj=nn.Linear(4 * C, C, bias)))
         # Not inside attention: there it costs a CPU three to six times as much as the rest of it.
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.gelu = nn.Dropout(config.dropout), config.gelu
 
     def before(self, x):
         """(N, C) -> queries, keys and values (N, 3C)."""
@@ -58,7 +60,7 @@ class Block(nn.Module):
     def after(self, x, y):
         """The stream x (N, C) and what attention found, y (N, C) -> the stream (N, C)."""
         x = x + self.dropout(self.attn.c_proj(y))
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate='tanh')
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu)
         return x + self.dropout(self.mlp.c_proj(h))
 
 
@@ -207,16 +209,16 @@ def from_transformers(config, weights, dropout=0.0):
     for key, value in expected.items():
         if config.get(key, value) != value and not (key == 'n_inner' and config[key] == 4 * config['n_embd']):
             raise UserError(f'its config.json has {key}={config[key]!r}; this code computes GPT-2 with {value!r}.')
-    if config.get('activation_function', 'gelu_new') not in ('gelu_new', 'gelu_pytorch_tanh'):
-        raise UserError(f"its config.json has activation_function={config['activation_function']!r}; "
-                        "expected gelu_new.")
+    gelu = config.get('activation_function', 'gelu_new')
+    if not isinstance(gelu, str) or gelu not in GELUS:
+        raise UserError(f'its config.json has activation_function={gelu!r}; expected gelu_new or gelu.')
     try:
         shape = {key: config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
         block_size = config.get('n_positions', config.get('n_ctx'))
         weights = {('' if name.startswith('transformer.') else 'transformer.') + name: tensor
                    for name, tensor in weights.items()}
         with torch.device('meta'):
-            model = GPT(GPTConfig(**shape, block_size=block_size, dropout=dropout))
+            model = GPT(GPTConfig(**shape, block_size=block_size, dropout=dropout, gelu=GELUS[gelu]))
         state = {}
         for name, p in model.state_dict().items():
             tensor = weights[name].float()
@@ -238,7 +240,7 @@ def to_transformers(model):
     c = model.config
     config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'n_layer': c.n_layer,
               'n_head': c.n_head, 'n_embd': c.n_embd, 'n_positions': c.block_size, 'n_ctx': c.block_size,
-              'vocab_size': c.vocab_size, 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
+              'vocab_size': c.vocab_size, 'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu', 'layer_norm_epsilon': 1e-5,
               'tie_word_embeddings': True}
     weights = {}
     for name, tensor in model.state_dict().items():
