@@ -1,18 +1,38 @@
 """What a run says of itself: lines for a person, log.csv for programs, loss.png to look at.
 
     python -c "import runlog; runlog.plot('out')"
+    python train.py config/finetune_oasst.py --log=tensorboard     # then: tensorboard --logdir=out/oasst
 
 log.csv has a row each log_interval steps and at each evaluation. All columns but the last two are
-the same, bit for bit, in a run that was stopped and resumed.
+the same, bit for bit, in a run that was stopped and resumed. --log=tensorboard, wandb or both gives the
+same numbers at the same steps to them, a run that is resumed included.
 """
 import csv
+import glob
 import json
 import os
+from importlib import util
 
 import configurator
 from configurator import UserError
 
 COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s', 'seconds')
+
+
+def wanted(config):
+    """The names of the programs that get the numbers too; wandb_log is nanoGPT's way to say wandb."""
+    names = [name.strip() for name in config.log.split(',') if name.strip()]
+    return list(dict.fromkeys(names + ['wandb'] * config.wandb_log))
+
+
+def problems(config):
+    """What in config.log cannot work, a sentence each."""
+    for name in wanted(config):
+        found = util.find_spec(name) if name in TRACKERS else None
+        if name not in TRACKERS:
+            yield f'log={config.log!r}: expected tensorboard, wandb or both with a comma.'
+        elif not found or not found.origin:  # a mere folder of that name is found, too: wandb leaves one
+            yield f'log={name} needs a package that is not installed: pip install {name}. log.csv is written anyway.'
 
 
 class RunLog:
@@ -24,7 +44,7 @@ class RunLog:
 
     def __init__(self, config, step, evaluated_at, silent):
         self.out_dir, self.last_step, self.silent = config.out_dir, config.max_iters, silent
-        self.path = os.path.join(self.out_dir, 'log.csv')
+        self.path, self.trackers = os.path.join(self.out_dir, 'log.csv'), []
         if silent or config.eval_only:
             return
         rows = read(self.out_dir) if step else []
@@ -34,9 +54,11 @@ class RunLog:
             with open(f'{self.path}.tmp', 'w', newline='', encoding='utf-8') as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
-                writer.writerows(row for row in rows if int(row['step']) <= (evaluated_at if row['val_loss'] else step))
+                rows = [row for row in rows if int(row['step']) <= (evaluated_at if row['val_loss'] else step)]
+                writer.writerows(rows)
                 _flush(file)
             os.replace(f'{self.path}.tmp', self.path)
+            self.trackers = [TRACKERS[name](config, rows) for name in wanted(config)]
         except OSError as error:
             raise UserError(f'cannot write to {self.out_dir}: {error.strerror}. Use --out_dir=FOLDER.') from None
 
@@ -63,6 +85,9 @@ class RunLog:
             with open(self.path, 'a', newline='', encoding='utf-8') as file:
                 csv.DictWriter(file, COLUMNS).writerow(row)
                 _flush(file)
+            for tracker in self.trackers:
+                tracker.write(row)
+                tracker.flush()
         except OSError as error:
             raise UserError(f'could not write {self.path}: {error.strerror}. Go on from the last checkpoint with '
                             '--init_from=resume') from None
@@ -79,13 +104,89 @@ class RunLog:
         self.say(f'{self._at(step)} | val_loss {val_loss:.4f}{" (best)" if better and step else ""}'
                  f'{" | saved " + ", ".join(saved) if saved else ""}')
 
-    def plot(self):
-        """Draw loss.png."""
+    def finish(self):
+        """Draw loss.png; nothing is written any more."""
         if not self.silent and (path := plot(self.out_dir)):
             self.say(f'the curve is in {path}, the numbers in {self.path}')
+        for tracker in self.trackers:
+            tracker.close()
 
     def _at(self, step):
         return f'step {step:>{len(str(self.last_step))}}/{self.last_step}'
+
+
+def numbers(row):
+    """{column: number} of a row; of an evaluation the val_loss alone, the rest stands in other rows of its step."""
+    names = ['val_loss'] if row.get('val_loss') else [name for name in COLUMNS if name != 'step' and row.get(name)]
+    return {name: float(row[name]) for name in names}
+
+
+class TensorBoard:
+    """Event files in out_dir/tensorboard. A run that is resumed writes them anew, from the rows of log.csv."""
+
+    def __init__(self, config, rows):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed where asked for
+        folder = os.path.join(config.out_dir, 'tensorboard')
+        for path in glob.glob(os.path.join(glob.escape(folder), 'events.out.tfevents.*')):
+            os.remove(path)
+        self.writer = SummaryWriter(folder, purge_step=0)  # one that is looking on forgets what it has read, too
+        for row in rows:
+            self.write(row)
+        self.flush()
+
+    def write(self, row):
+        """A row of log.csv."""
+        for name, number in numbers(row).items():
+            self.writer.add_scalar(name, number, int(row['step']))
+
+    def flush(self):
+        """Let a reader see it."""
+        self.writer.flush()
+
+    def close(self):
+        """The end of the run."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run there, in out_dir/wandb; WANDB_MODE=offline keeps it there, to be synced later.
+
+    A run that is resumed goes on in the same one, known by out_dir/wandb-id, behind the last step that is
+    there; offline it begins a new folder, with all rows of log.csv.
+    """
+
+    def __init__(self, config, rows):
+        import wandb
+        path = os.path.join(config.out_dir, 'wandb-id')
+        name = None
+        if rows and os.path.exists(path):
+            with open(path, encoding='utf-8') as file:
+                name = file.read().strip()
+        try:
+            self.run = wandb.init(project=config.wandb_project or None, name=config.wandb_run_name or None, id=name or None,
+                                  resume='allow', dir=config.out_dir, config=configurator.as_dict(config))
+        except Exception as error:  # no account, no network, whatever its service meets
+            raise UserError(f'log=wandb could not start: {type(error).__name__} {" ".join(str(error).split())[:200]} '
+                            'With WANDB_MODE=offline it needs neither a network nor an account.') from None
+        with open(path, 'w', encoding='utf-8') as file:
+            file.write(self.run.id)
+        for row in rows:
+            if int(row['step']) >= self.run.starting_step:
+                self.write(row)
+
+    def write(self, row):
+        """A row of log.csv."""
+        self.run.log(numbers(row), step=int(row['step']))
+
+    def flush(self):
+        """It sends what it has by itself."""
+
+    def close(self):
+        """The end of the run."""
+        self.run.finish()
+
+
+TRACKERS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases}
 
 
 def read(out_dir):

@@ -76,10 +76,11 @@ class Config:
     backend: str = 'auto'            # of torch.distributed: nccl on CUDA, gloo elsewhere
     timeout_s: int = 600             # a process that waits longer than this for the others gives up
     seed: int = 1337                 # of the order of the data, dropout and a model from scratch
-    # nanoGPT's keys for Weights & Biases, so that its config files load; log.csv has the numbers
-    wandb_log: bool = False          # not used
-    wandb_project: str = ''          # not used
-    wandb_run_name: str = ''         # not used
+    # where the numbers of log.csv go too
+    log: str = ''                    # tensorboard, wandb or both with a comma, where they are installed
+    wandb_log: bool = False          # nanoGPT's way to say --log=wandb
+    wandb_project: str = ''          # of Weights & Biases; '' lets it choose
+    wandb_run_name: str = ''         # of Weights & Biases; '' lets it choose
 
     def problems(self):
         """What cannot work, a sentence each."""
@@ -101,6 +102,7 @@ class Config:
             yield f'dtype={self.dtype!r}: expected auto, float32, bfloat16 or float16.'
         if self.min_lr > self.learning_rate:
             yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
+        yield from runlog.problems(self)
 
 
 # A run that is resumed with one of these changed would no longer be the same run.
@@ -358,14 +360,12 @@ def train(config, procs):
     was, now = opened.contents.get('conditions', {}), trainer.conditions()
     if changed := [f'{key} was {was[key]}, is {now[key]}' for key in now if was.get(key, now[key]) != now[key]]:
         log.say(f'from here on not bit for bit the run that was saved: {"; ".join(changed)}')
-    if config.wandb_log:
-        log.say('wandb_log is accepted and not used: the numbers are in log.csv')
     if config.eval_only:
         log.say(f'val_loss {trainer.evaluate():.4f}')
         return
     with StopRequest(silent=procs.rank > 0) as request:
         loop(trainer, opened, run, log, request)
-    log.plot()
+    log.finish()
 
 
 def main(argv):
