@@ -234,7 +234,7 @@ def help_text(keys):
                 tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
     fields = {field.name: field for field in dataclasses.fields(keys)}
-    lines = [inspect.getdoc(sys.modules[keys.__module__]) or '', '', 'keys (--key=value):']
+    lines = [inspect.getdoc(sys.modules[keys.__module__]) or '', '', 'keys (--key=value):' if fields else 'no keys']
     for number, line in enumerate(source.split('\n'), 1):
         name = re.match(r'    (\w+):', line)
         if name and name[1] in fields:

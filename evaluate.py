@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from conversation import Turn
 from decoding import DTYPES, generate, prepare
 from kernels import keep_freed_memory
 from model import pick_device
+from progress import Bar
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def answer_all(opened, template, questions, max_new_tokens=64, temperature=0.0, 
     room = max(1, window - max_new_tokens)
     prompts = [conversation.prompt(turns, tokenizer, template)[-room:] for turns in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found, progress = [[] for _ in prompts], Progress(what, len(prompts))
+    found, bar = [[] for _ in prompts], Bar(total=len(order) * max_new_tokens, desc=f'{what}, {len(order)} answers',
+                                          bar_format='{l_bar}{bar}| [{elapsed}<{remaining}]', disable=not what or None)
     for start in range(0, len(order), batch_size):
         group = order[start:start + batch_size]
         for tokens in generate(opened.model, [prompts[i] for i in group], max_new_tokens, 1, temperature, top_k,
@@ -92,7 +93,9 @@ def answer_all(opened, template, questions, max_new_tokens=64, temperature=0.0, 
             for i, token in zip(group, tokens):
                 if token is not None:
                     found[i].append(token)
-        progress(len(group))
+            bar.update(len(group))
+        bar.update(min(start + batch_size, len(order)) * max_new_tokens - bar.n)
+    bar.close()
     return [Answer(conversation.answer_text(ids, tokenizer, template), ids[:-1] if ids[-1] in stops else ids,
                    ids[-1] in stops) for ids in found]
 
@@ -103,12 +106,10 @@ def answer_all(opened, template, questions, max_new_tokens=64, temperature=0.0, 
 def response_loss(model, split, what=''):
     """(nats per supervised token, how many tokens) of a tokenfile.Split; conversations beyond the window left out."""
     rows = tokenfile.Rows(split, model.config.block_size)
-    progress = Progress(f'{what}, batches of 4 rows', -(-rows.n_rows // 4))
     loss_sum, n_tokens = 0.0, 0
-    for batch in rows.batches(4):
+    for batch in rows.batches(4, what=what):
         loss_sum += model.loss(batch).item()
         n_tokens += len(batch.targets)
-        progress(1)
     return loss_sum / n_tokens, n_tokens
 
 
@@ -178,19 +179,6 @@ def quiz_scores(answers, questions):
 
 
 # ---- one model ----
-
-class Progress:
-    """A line on a terminal that counts, if the work has a name; nothing in a pipe."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.n = what, total, 0
-        self(0)
-
-    def __call__(self, n):
-        self.n += n
-        if self.what and sys.stderr.isatty():
-            print(f'\r{self.what}: {self.n}/{self.total} ', end='' if self.n < self.total else '\n', file=sys.stderr, flush=True)
-
 
 def prompts_of(split, tokenizer, template, n):
     """The first n conversations of a split: [(turns up to the last answer, that answer)]."""

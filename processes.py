@@ -118,7 +118,7 @@ class StopRequest:
         self.asked = True
         self.__exit__()
         if not self.silent:  # not print, which may be what was interrupted
-            os.write(2, b'stopping after this step; once more to stop at once and lose what is not saved\n')
+            os.write(2, b'\n' * os.isatty(2) + b'stopping after this step; once more to stop at once and lose what is not saved\n')
 
     def __exit__(self, *_):
         for name, handler in self.before.items():

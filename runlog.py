@@ -11,10 +11,12 @@ import csv
 import glob
 import json
 import os
+import sys
 from importlib import util
 
 import configurator
 from configurator import UserError
+from progress import Bar
 
 COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s', 'seconds')
 
@@ -45,6 +47,7 @@ class RunLog:
     def __init__(self, config, step, evaluated_at, silent):
         self.out_dir, self.last_step, self.silent = config.out_dir, config.max_iters, silent
         self.path, self.trackers = os.path.join(self.out_dir, 'log.csv'), []
+        self.bar = Bar(total=config.max_iters, initial=step, desc='training', unit=' steps', disable=silent or config.eval_only or None)
         if silent or config.eval_only:
             return
         rows = read(self.out_dir) if step else []
@@ -65,7 +68,8 @@ class RunLog:
     def say(self, text):
         """A line for a person."""
         if not self.silent:
-            print(text, flush=True)
+            Bar.write(text)  # above a bar that is shown
+            sys.stdout.flush()
 
     def data(self, rows):
         """A line for the tokenfile.Rows of a split, and one for what is left out of them."""
@@ -106,6 +110,7 @@ class RunLog:
 
     def finish(self):
         """Draw loss.png; nothing is written any more."""
+        self.bar.close()
         if not self.silent and (path := plot(self.out_dir)):
             self.say(f'the curve is in {path}, the numbers in {self.path}')
         for tracker in self.trackers:

@@ -20,6 +20,7 @@ import numpy as np
 
 from claim import claimed
 from configurator import REPOSITORY, UserError
+from progress import Bar
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
@@ -282,13 +283,14 @@ class Rows:
         """The conversations of rows start to stop, counted through all epochs: one list a row."""
         return [self.epoch(i // self.n_rows)[i % self.n_rows] for i in range(start, stop)]
 
-    def batches(self, batch_size, first=0, every=1, limit=0):
+    def batches(self, batch_size, first=0, every=1, limit=0, what=''):
         """The Batches of the first epoch, batch_size rows each: number `first`, then each `every`th.
 
-        limit: of all that there are, only so many come; 0 all.
+        limit: of all that there are, only so many come; 0 all. what: the work to show as a progress bar, by the
+        one that has number 0.
         """
         n = -(-self.n_rows // batch_size)
-        for b in range(first, min(n, limit or n), every):
+        for b in Bar(range(first, min(n, limit or n), every), what, unit=' batches', disable=not what or first > 0 or None):
             rows = self.slice(b * batch_size, min((b + 1) * batch_size, self.n_rows))
             yield make_batch(self.split, [i for row in rows for i in row])
 

@@ -247,7 +247,7 @@ class Trainer:
         config, procs, rows = self.config, self.procs, self.val_rows
         self.model.eval()
         loss_sum, n_tokens = 0.0, 0
-        for batch in rows.batches(config.batch_size, procs.rank, procs.world, config.eval_iters):
+        for batch in rows.batches(config.batch_size, procs.rank, procs.world, config.eval_iters, what='evaluating'):
             with autocast(procs.device, self.dtype):
                 loss_sum += self.model.loss(batch).item()
             n_tokens += len(batch.targets)
@@ -308,6 +308,7 @@ def loop(trainer, opened, run, log, request):
         if done or trainer.stop or config.patience and trainer.n_worse >= config.patience:
             break
         trainer.train_step(request)
+        log.bar.update()
         step = trainer.step
         if step % config.log_interval == 0 or step == config.max_iters:
             seconds, n_steps = trainer.seconds - mark[1], step - mark[0]

@@ -11,6 +11,7 @@ import requests
 
 from claim import claimed
 from configurator import UserError
+from progress import Bar
 
 BLOCK = 1 << 14  # bytes that are written at a time: what an incomplete one held is lost when a connection breaks
 ATTEMPTS, PAUSE_S = 5, 1.0  # waits of 1, 2, 4 and 8 seconds between the attempts
@@ -86,20 +87,17 @@ def _fetch(url, part, n_bytes):
         if size != n_bytes:
             raise UserError(f'{url} is {size:,} bytes there, expected {n_bytes:,}: not the '
                             'pinned file, so nothing was downloaded.')
-        bar = sys.stderr.isatty()
-        with open(part, 'r+b' if have else 'wb') as file:
+        name = os.path.basename(part)[:-5]
+        with open(part, 'r+b' if have else 'wb') as file, \
+                Bar(total=n_bytes, initial=have, desc=name, unit='B', unit_scale=True) as bar:
             file.seek(have)
             file.truncate()
             for block in response.iter_content(BLOCK):
                 file.write(block)
                 have += len(block)
-                if bar:
-                    print(f'\r{os.path.basename(part)[:-5]}: {have / 1e6:,.1f} of {n_bytes / 1e6:,.1f} MB',
-                          end='', file=sys.stderr, flush=True)
+                bar.update(len(block))
                 if have > n_bytes:
                     break
-    if bar:
-        print(file=sys.stderr)
     if have < n_bytes:
         raise requests.ConnectionError  # it broke off: go on from here
 

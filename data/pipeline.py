@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Callable, NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 import conversation
 import tokenfile
 from configurator import UserError
+from progress import Bar
 
 BLOCK = 1 << 20  # bytes of source that a worker gets at a time
 LONGEST_LINE = 16 << 20  # bytes; a longer line counts as broken: of [],[],… 16 MiB are half a GB in memory
@@ -66,13 +68,21 @@ class Encoded(NamedTuple):
     lengths: np.ndarray
 
 
-def read_blocks(path):
+@contextmanager
+def opened(path, silent=None):
+    """The file at path, with a progress bar for what is read of it; silent=True: without."""
+    how = dict(bytes=False, desc=os.path.basename(path), unit='B', unit_scale=True, disable=silent)
+    with open(path, 'rb') as file, Bar.wrapattr(file, 'read', os.path.getsize(path), **how) as shown:
+        yield shown
+
+
+def read_blocks(path, silent=None):
     """(number of the first line, bytes of whole lines) of a file, plain or gzip by its content."""
     try:
         with open(path, 'rb') as raw:
             zipped = raw.read(2) == b'\x1f\x8b'
-        with (gzip.open(path, 'rb') if zipped else open(path, 'rb')) as file:
-            number = 1
+        with opened(path, silent) as raw:
+            file, number = gzip.open(raw) if zipped else raw, 1
             while block := file.read(BLOCK):
                 block += file.readline(LONGEST_LINE)
                 if len(block) > LONGEST_LINE:  # its last line is too long: a stump stands for it

@@ -1,8 +1,11 @@
 """configurator.py: what counts as a value, who wins, and that every mistake is named and nothing run."""
 import dataclasses
 import glob
+import importlib.util
+import inspect
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass
 
@@ -192,12 +195,29 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
 
 # ---- the scripts ----
 
-def test_every_key_of_every_script_has_a_meaning(script):
-    for name in ('train.py', 'data/oasst/prepare.py'):
-        done = script(name, '--help')
-        keys = re.findall(r'^  --(\w+)=.*?(?:  +(\S.*))?$', done.stdout, re.MULTILINE)
-        assert done.returncode == 0 and len(keys) >= 10 and not done.stderr
-        assert [key for key, meaning in keys if not meaning] == []
+SCRIPTS = sorted(path for path in glob.glob('**/*.py', root_dir=REPOSITORY, recursive=True)
+                 if 'configurator.run(main)' in open(os.path.join(REPOSITORY, path)).read() and not path.startswith('tests'))
+
+
+def test_every_key_of_every_script_has_a_meaning(monkeypatch, capsys):
+    """Each script's --help: exit code 0, its docstring, every key with its default and a line of its own."""
+    assert {'train.py', 'sample.py', 'evaluate.py', 'data/oasst/prepare.py', 'data/capitals/demo.py', 'bench/training.py'} <= set(SCRIPTS)
+    missing = []
+    for path in SCRIPTS:
+        monkeypatch.syspath_prepend(os.path.dirname(os.path.join(REPOSITORY, path)))
+        spec = importlib.util.spec_from_file_location(path.replace('/', '_')[:-3], os.path.join(REPOSITORY, path))
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        with pytest.raises(SystemExit) as caught:
+            module.main(['--help'])
+        text = capsys.readouterr().out
+        assert caught.value.code == 0 and inspect.getdoc(module) in text, path
+        for field in dataclasses.fields(module.Config):
+            key = f'  --{field.name}={field.default!r}'.replace(REPOSITORY + os.sep, '')
+            lines = [line.removeprefix(key) for line in text.split('\n') if line.startswith(key)]
+            missing += [f'{path}: {field.name}'] if len(lines) != 1 or not lines[0].strip() else []
+    assert missing == []
 
 
 def test_a_mistake_of_a_script_is_lines_and_exit_code_2(script, tmp_path):

@@ -145,7 +145,7 @@ def read_rows(path):
 def read_text(path):
     """The file's text, a block at a time. UserError for what is not UTF-8."""
     decoder, n_bytes = codecs.getincrementaldecoder('utf-8-sig')(), 0
-    with open(path, 'rb') as file:
+    with pipeline.opened(path) as file:
         while True:
             block = file.read(BLOCK)
             try:

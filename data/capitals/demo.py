@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -23,6 +24,11 @@ from configurator import UserError
 from data.capitals import prepare
 
 UNTRAINED, TRAINED = 'out/capitals-untrained', 'out/capitals'
+
+
+@dataclass(frozen=True)
+class Config:
+    """Nothing to choose: it is the same for everybody."""
 
 
 def run(script, *arguments):
@@ -69,8 +75,7 @@ def side_by_side(questions, untrained, trained):
 
 def main(argv):
     """The script."""
-    if argv:
-        raise UserError(f'demo.py takes no arguments, found {argv[0]}.')
+    configurator.load(Config, argv)
     run('data/capitals/prepare.py')
     run('train.py', 'config/demo_capitals.py', f'--out_dir={UNTRAINED}', '--max_iters=0', '--overwrite=True')
     seconds = run('train.py', 'config/demo_capitals.py', f'--out_dir={TRAINED}', '--overwrite=True')

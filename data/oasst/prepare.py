@@ -27,6 +27,7 @@ from configurator import UserError
 from conversation import Turn
 from data import download, pipeline
 from data.pipeline import Unit
+from progress import Bar
 
 SOURCES = {
     'oasst2': {'repository': 'OpenAssistant/oasst2', 'revision': '179dd21fc55192153d94adb0e0ce8f69e222bf75',
@@ -274,7 +275,7 @@ def trees_of_messages(blocks, config):
         units.append(unit_of_tree(key, messages, config, lines=len(messages)))
     lost = {'messages without a root': n_lost, 'messages repeated': n_repeated}
     lost = Unit(key='\0', counts={name: n for name, n in lost.items() if n}, lines=n_lost + n_repeated)
-    units = iter([*units, lost, *broken])
+    units = iter(Bar([*units, lost, *broken], desc='encoding', unit=' trees'))
     while block := list(islice(units, 200)):
         yield block
 
@@ -301,7 +302,7 @@ def prepare(config, path, source, split_of=None):
     """Export the trees in the file at path as the configuration says; `source` goes into meta.json."""
     bpe = tokenizer.load(config.tokenizer, tags=config.template == 'xml')
     flat = is_flat(path)
-    blocks = pipeline.read_blocks(path)
+    blocks = pipeline.read_blocks(path, silent=config.stdout or None)  # what is read as text may be in a pager
     if flat:
         blocks = trees_of_messages(blocks, config)
     units = given_units if flat else partial(units_of_tree_lines, config)
