@@ -24,6 +24,7 @@ import conversation
 import tokenfile
 from configurator import UserError
 from conversation import Turn
+from data.report import document
 from decoding import DTYPES, generate, prepare
 from kernels import keep_freed_memory
 from model import pick_device
@@ -264,17 +265,10 @@ def table(results):
 
 
 STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); --soft: color-mix(in srgb, currentColor 6%, transparent) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right } td:first-child, th:first-child { text-align: left; padding-left: 0; min-width: 9rem }
-@media (max-width: 40rem) { table { font-size: .85rem } td, th { padding: .3rem .4rem } }
 section { border-top: 1px solid var(--line); padding: 1rem 0 } .prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .8rem; margin-top: .6rem }
 .side > div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0 }
 .side b { display: block; font-size: .8rem; opacity: .7; font-weight: 600 } .ok { color: light-dark(#067647, #5fd39a) } .no { color: light-dark(#b42318, #ff9c92) }
-footer, .note { opacity: .7; font-size: .9rem }
 """
 
 
@@ -310,8 +304,7 @@ def page(results, config, questions):
         if len(questions) > 60:
             parts.append(f'<p class="note">{len(questions) - 60} more are in report.json.</p>')
     settings = ', '.join(f'{key}={value!r}' for key, value in configurator.as_dict(config).items())
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>Report</title><style>{STYLE}</style></head><body>' + '\n'.join(parts) + f'<footer><p>{e(settings)}</p></footer></body></html>')
+    return document('Report', [*parts, f'<footer><p>{e(settings)}</p></footer>'], STYLE)
 
 
 def main(argv):

@@ -17,6 +17,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import zip_longest
 from operator import itemgetter
 from typing import Callable, NamedTuple
 
@@ -37,7 +38,8 @@ class Unit(NamedTuple):
 
     key decides the split. seen = len(conversations) + the sum of dropped. counts: whatever else
     is worth a line in the table. broken: what was wrong, for a line that is no unit at all.
-    lines: of how many lines of the source it is made.
+    lines: of how many lines of the source it is made. languages: of its conversations, where the source
+    says; after encoding, how many were kept of each.
     """
     key: str = ''
     seen: int = 0
@@ -46,6 +48,7 @@ class Unit(NamedTuple):
     counts: dict = {}
     broken: str = ''
     lines: int = 1
+    languages: object = ()
 
 
 class Job(NamedTuple):
@@ -129,8 +132,8 @@ def encode_block(job, block):
     """The Encoded of one block."""
     units, all_ids, all_masks = [], [np.zeros(0, np.uint16)], [np.zeros(0, np.uint8)]
     for unit in job.units(block):
-        dropped, texts, n_truncated, n_before = Counter(unit.dropped), [], 0, len(all_ids)
-        for turns in unit.conversations:
+        dropped, texts, n_truncated, n_before, languages = Counter(unit.dropped), [], 0, len(all_ids), Counter()
+        for turns, language in zip_longest(unit.conversations, unit.languages):
             try:
                 ids, mask, n_lost = conversation.encode(turns, job.tokenizer, job.template, job.max_tokens)
             except ValueError:
@@ -140,11 +143,12 @@ def encode_block(job, block):
                 dropped['too long'] += 1
                 continue
             n_truncated += n_lost > 0
+            languages[language] += 1
             all_ids.append(ids)
             all_masks.append(mask)
             if job.as_text:
                 texts.append(conversation.to_text(turns[:len(turns) - n_lost]) + '\n')
-        units.append((unit._replace(conversations=(), dropped=dropped), len(all_ids) - n_before,
+        units.append((unit._replace(conversations=(), dropped=dropped, languages=languages), len(all_ids) - n_before,
                       n_truncated, ''.join(texts)))
     return Encoded(units, np.concatenate(all_ids), np.concatenate(all_masks),
                    np.array([len(ids) for ids in all_ids[1:]], np.int64))
@@ -195,7 +199,7 @@ def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
     all of them in memory at once, where otherwise each block is written as it comes.
     """
     seen = truncated = n_lines = 0
-    dropped, counts, broken, keys = Counter(), Counter(), [], set()
+    dropped, counts, languages, broken, keys = Counter(), Counter(), Counter(), [], set()
     units_of = {split: [] for split in splits}  # (key, ids, mask, lengths) of each unit
     with tokenfile.Writer(folder, splits) as writer:
         for encoded in encoded_blocks(blocks, job):
@@ -215,6 +219,7 @@ def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
                     continue
                 keys.add(unit.key)
                 counts.update(unit.counts)
+                languages.update(unit.languages)
                 dropped.update(unit.dropped)
                 truncated += n_truncated
                 if n_kept:
@@ -230,7 +235,8 @@ def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
                             'Nothing was written.')
         meta = {**meta, 'template': job.template, 'tokenizer': job.tokenizer.state(),
                 'seen': seen, 'kept': kept, 'dropped': dict(dropped), 'truncated': truncated,
-                'counts': dict(counts), 'broken_lines': len(broken), 'options': options}
+                'counts': dict(counts),
+                'languages': {name: languages[name] for name in sorted(filter(None, languages))}, 'broken_lines': len(broken), 'options': options}
         writer.finish(meta)
     meta['splits'] = writer.counts
     print(table(meta))

@@ -30,7 +30,7 @@ import configurator
 import tokenizer
 from configurator import UserError
 from conversation import Turn
-from data import download, pipeline
+from data import download, pipeline, report
 from data.pipeline import Unit
 
 GITHUB, DATASETS = 'https://raw.githubusercontent.com', f'{download.HUB}/datasets'
@@ -73,6 +73,7 @@ class Config:
     source: str = 'alpaca'     # alpaca, alpaca-cleaned, instruction-data or open-instruct: downloaded once
     input: str = ''            # a local file to read instead: a JSON array, or .jsonl, plain or gzip
     out_dir: str = ''          # where the token files go; '' is data/SOURCE
+    report: bool = False       # write a page about the data there too, report.html
     template: str = 'alpaca'   # alpaca, xml or plain
     tokenizer: str = 'gpt2'    # gpt2, or a folder or tokenizer.json in transformers' form
     max_tokens: int = 1024     # a longer row is dropped, and counted; none is cut
@@ -351,7 +352,7 @@ def prepare(config, path, source, folder):
     meta = {'source': source, 'seed': config.seed, 'prompts': plan.prompts,
             'split_rule': 'by position' if config.by_position else 'hash of the normalised prompt'}
     options = {key: value for key, value in configurator.as_dict(config).items()
-               if key not in ('source', 'input', 'out_dir')}
+               if key not in ('source', 'input', 'out_dir', 'report')}
     job = pipeline.Job(units_of_rows, bpe, config.template, config.max_tokens)
     meta = pipeline.export(numbered_blocks(path, plan.repeated), job, lambda key: plan.names[plan.split[int(key)]],
                            folder, plan.names, meta, options)
@@ -360,6 +361,8 @@ def prepare(config, path, source, folder):
     if leaked:
         print('the prompt is in train too of ' + ' and '.join(f'{n:,} rows of {name}' for name, n in leaked.items())
               + ': the split by hash, without --split and --train_rows, has none of these')
+    if config.report:
+        print(f'what the model will learn, to look at: {report.write(folder, config.seed)}')
     return meta
 
 

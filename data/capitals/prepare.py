@@ -36,6 +36,7 @@ ALWAYS_LEARNED = ('France', 'Japan')  # the README asks for them
 @dataclass(frozen=True)
 class Config:
     out_dir: str = HERE        # where trees.jsonl, quiz.jsonl, tokenizer.json and the token files go
+    report: bool = False       # write a page about the data there too, report.html
     stdout: bool = False       # write the conversations as text to standard output, and no token files
     rounds: int = 60           # trees for each pair (place, direction)
     held_out_pairs: int = 8    # pairs of each direction that are never learned
@@ -44,6 +45,8 @@ class Config:
 
     def problems(self):
         """What cannot work, a sentence each."""
+        if self.stdout and self.report:
+            yield 'stdout writes no token files, and report shows what is in them: leave one of them out.'
         if self.rounds < 1 or not 0 <= self.held_out_pairs <= 80:
             yield f'rounds={self.rounds} must be at least 1, held_out_pairs={self.held_out_pairs} from 0 to 80.'
         if not 256 <= self.vocab_size <= 20_000:
@@ -380,7 +383,7 @@ def write(config):
     write_lines(path, (tree(f'{split}-{i}', e) for split, found in (('train', train), ('val', val))
                        for i, e in enumerate(found)))
     write_lines(os.path.join(config.out_dir, 'quiz.jsonl'), quiz(config))
-    oasst.prepare(oasst.Config(out_dir=config.out_dir, turns='all', stdout=config.stdout, tokenizer=vocabulary),
+    oasst.prepare(oasst.Config(out_dir=config.out_dir, turns='all', stdout=config.stdout, tokenizer=vocabulary, report=config.report),
                   path, {'source': {**pipeline.local_source(os.path.join(HERE, 'capitals.csv')), 'licence': 'MIT'},
                          'seed': config.seed, 'split_rule': 'wordings'}, lambda key: key.split('-')[0])
 

@@ -25,7 +25,7 @@ import configurator
 import tokenizer
 from configurator import UserError
 from conversation import Turn
-from data import download, pipeline
+from data import download, pipeline, report
 from data.pipeline import Unit
 from progress import Bar
 
@@ -46,6 +46,7 @@ class Config:
     source: str = 'oasst2'     # oasst2 or oasst1: downloaded once, into this script's folder
     input: str = ''            # a local .jsonl or .jsonl.gz to read instead, trees or flat messages
     out_dir: str = HERE        # where the token files go
+    report: bool = False       # write a page about the data there too, report.html
     stdout: bool = False       # write the conversations as text to standard output, and no files
     turns: str = 'first'       # first: the root and each direct reply; all: every whole thread
     lang: str = 'en'           # languages to keep, of each message: a comma list, or all
@@ -65,6 +66,8 @@ class Config:
             yield f'turns={self.turns!r}: expected first or all.'
         if self.template not in ('xml', 'dialogpt'):
             yield f'template={self.template!r}: expected xml or dialogpt.'
+        if self.stdout and self.report:
+            yield 'stdout writes no token files, and report shows what is in them: leave one of them out.'
         if not self.lang.strip(', '):
             yield 'lang is empty: expected a comma list such as en,de, or all.'
         if self.top_k < 0 or self.max_tokens < 16:
@@ -79,6 +82,7 @@ class Message(NamedTuple):
     role: str
     text: str
     drop: str  # why it is not used: '' or the reason
+    lang: str
 
 
 class Broken(ValueError):
@@ -114,18 +118,18 @@ def _message(record, parent, config):
         text.encode('utf-8')
     except UnicodeEncodeError:
         raise Broken('text holds half a surrogate pair') from None
-    drop = ''
+    drop, lang = '', _field(record, 'lang', (str,), '')
     if _field(record, 'deleted', (bool,)):
         drop = 'deleted'
     elif not _field(record, 'review_result', (bool,), True):
         drop = 'review_result'
     elif not text.strip():
         drop = 'empty text'
-    elif config.lang != 'all' and _field(record, 'lang', (str,), '') not in config.lang.replace(' ', '').split(','):
+    elif config.lang != 'all' and lang not in config.lang.replace(' ', '').split(','):
         drop = 'language'
     elif not config.synthetic and _field(record, 'synthetic', (bool,)):
         drop = 'synthetic'
-    return Message(parent, ROLES[role], text, drop)
+    return Message(parent, ROLES[role], text, drop, lang)
 
 
 def read_tree(root, replies_of, config):
@@ -219,7 +223,8 @@ def unit_of_tree(key, messages, config, lines=1):
     counts = {'trees': 1, 'messages': len(messages),
               'different answers': sum(messages[i].role == 'assistant' for i in learned),
               **Counter(f'messages left out: {message.drop}' for message in messages if message.drop)}
-    return Unit(key, len(paths) + sum(dropped.values()), conversations, dropped, counts, lines=lines)
+    return Unit(key, len(paths) + sum(dropped.values()), conversations, dropped, counts, lines=lines,
+                languages=[messages[path[0]].lang for path in paths])
 
 
 def units_of_tree_lines(config, block):
@@ -310,9 +315,11 @@ def prepare(config, path, source, split_of=None):
     if config.stdout:
         return pipeline.print_text(blocks, job)
     split_of = split_of or pipeline.split_by_hash(config.seed, val=config.val_fraction)
-    options = {key: value for key, value in configurator.as_dict(config).items() if key not in ('out_dir', 'input')}
-    return pipeline.export(blocks, job, split_of, config.out_dir, ('train', 'val'), source, options,
-                           by_key=True)
+    options = {key: value for key, value in configurator.as_dict(config).items() if key not in ('out_dir', 'input', 'report')}
+    meta = pipeline.export(blocks, job, split_of, config.out_dir, ('train', 'val'), source, options, by_key=True)
+    if config.report:
+        print(f'what the model will learn, to look at: {report.write(config.out_dir, config.seed)}')
+    return meta
 
 
 def main(argv):
