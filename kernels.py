@@ -99,7 +99,7 @@ class Int8Linear(nn.Module):
         self.matvec = _compiled_matvec() if compiled else None
         weight = weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.weight, self.scale = (weight / scale).round().to(torch.int8), scale[:, 0]
+        self.weight, self.scale = (weight / scale).round().to(torch.int8).contiguous(), scale[:, 0]  # transformers' are views
         self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # or the kernel would round the scale
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
 

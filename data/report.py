@@ -49,7 +49,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right } td:first-child, th:first-child { text-align: left; padding-left: 0; min-width: 9rem }
 @media (max-width: 40rem) { table { font-size: .85rem } td, th { padding: .3rem .4rem } }
-footer, .note { opacity: .7; font-size: .9rem }
+footer, .note { color: color-mix(in srgb, currentColor 70%, transparent); font-size: .9rem }
 """
 
 

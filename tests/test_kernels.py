@@ -113,7 +113,7 @@ def test_packed_and_int8_weights_multiply_as_the_plain_ones(rows):
             ('transposed', PackedLinear(weight.t().contiguous().t(), None, torch.float32)(x), exact - bias, 1e-4),
             ('bfloat16', PackedLinear(weight, bias, torch.bfloat16)(x),
              F.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16()).float(), 0.3),
-            ('int8', Int8Linear(weight, bias)(x), rounded, 0.3)):
+            ('int8', Int8Linear(weight, bias)(x), rounded, 0.3), ('int8 of a view', Int8Linear(weight.t().contiguous().t(), bias)(x), rounded, 0.3)):
         assert found.dtype == torch.float32 and found.shape == exact.shape
         assert (found - expected).abs().max() < within, (name, (found - expected).abs().max())
     assert (rounded - exact).abs().max() < 0.5  # 64 errors of at most 1/254 of a weight, times |x|
