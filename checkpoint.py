@@ -21,6 +21,7 @@ import tokenizer as tokenizers
 from configurator import UserError
 from conversation import TEMPLATES
 from model import VOCAB_MULTIPLE, GPT, GPTConfig, from_transformers
+from progress import Bar
 
 FORMAT_VERSION = 1
 KEYS = {'format_version': int, 'model': dict, 'model_args': dict, 'template': str, 'tokenizer': dict, 'config': dict,
@@ -42,8 +43,9 @@ def save(contents, path):
     """Write the dict to path: under another name first, flushed, renamed. UserError if it cannot be."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(temporary, 'wb') as file:
-            torch.save(contents, file)
+        how = dict(bytes=False, desc=f'saving {os.path.basename(path)}', unit='B', unit_scale=True)
+        with open(temporary, 'wb') as file, Bar.wrapattr(file, 'write', **how) as shown:
+            torch.save(contents, shown)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

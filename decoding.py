@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from configurator import UserError
 from kernels import Int8Linear, PackedLinear
 from model import pick_dtype
+from progress import Bar
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8')  # of the weights
 
@@ -41,7 +42,7 @@ def prepare(model, device, dtype='auto', compiled=False):
         unembed = pool.submit(convert, model.transformer.wte.weight, None)
         linears = [(part, name, pool.submit(convert, linear.weight, linear.bias)) for block in model.transformer.h
                    for part in (block.attn, block.mlp) for name, linear in part.items()]
-        for part, name, converted in linears:
+        for part, name, converted in Bar(linears, 'laying out the weights', unit=' matrices'):
             part[name] = converted.result()
         model.unembed = unembed.result()
     model.eval()

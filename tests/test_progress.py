@@ -58,7 +58,7 @@ def test_training_and_its_evaluations_are_shown_and_lines_stand_above(data, tmp_
     shown = terminal(monkeypatch)
     run(data, tmp_path, max_iters=4, lr_decay_iters=4)
     shown, printed = shown.getvalue(), capsys.readouterr().out
-    assert 'training:  50%' in shown and '4/4' in shown and 'evaluating: 100%' in shown
+    assert 'training:  50%' in shown and '4/4' in shown and 'evaluating: 100%' in shown and 'saving ckpt.pt: ' in shown
     assert 'step 4/4 | loss' in printed and 'training:' not in printed
 
 
