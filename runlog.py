@@ -47,7 +47,8 @@ class RunLog:
     def __init__(self, config, step, evaluated_at, silent):
         self.out_dir, self.last_step, self.silent = config.out_dir, config.max_iters, silent
         self.path, self.trackers = os.path.join(self.out_dir, 'log.csv'), []
-        self.bar = Bar(total=config.max_iters, initial=step, desc='training', unit=' steps', disable=silent or config.eval_only or None)
+        self.bar = Bar(total=config.max_iters, initial=step, desc='training', unit=' steps',
+                       disable=silent or config.eval_only or None)
         if silent or config.eval_only:
             return
         rows = read(self.out_dir) if step else []

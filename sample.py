@@ -24,7 +24,7 @@ from model import pick_device
 @dataclass(frozen=True)
 class Config:
     # which model
-    init_from: str = 'resume'  # resume (a checkpoint in out_dir), a hub name, or a folder of transformers
+    init_from: str = 'resume'  # resume (a checkpoint in out_dir), a hub name, or a folder: a checkpoint's, nanoGPT's or transformers'
     out_dir: str = 'out'       # where the checkpoint is
     which: str = 'best'        # best: by val_loss, where there is one; last: as training left it
     # what to say: one of these three

@@ -236,7 +236,8 @@ def export(blocks, job, split_of, folder, splits, meta, options, by_key=False):
         meta = {**meta, 'template': job.template, 'tokenizer': job.tokenizer.state(),
                 'seen': seen, 'kept': kept, 'dropped': dict(dropped), 'truncated': truncated,
                 'counts': dict(counts),
-                'languages': {name: languages[name] for name in sorted(filter(None, languages))}, 'broken_lines': len(broken), 'options': options}
+                'languages': {name: languages[name] for name in sorted(filter(None, languages))},
+                'broken_lines': len(broken), 'options': options}
         writer.finish(meta)
     meta['splits'] = writer.counts
     print(table(meta))

@@ -25,13 +25,20 @@ BARS = 40  # in the histogram, at most
 
 # Why a conversation is left out, as prepare.py names it.
 REASONS = {
-    'language': 'a message is in a language that --lang leaves out', 'deleted': 'a message was deleted by its author or a moderator',
-    'review_result': 'a message did not pass review', 'empty text': 'a message has no text',
-    'synthetic': 'a model wrote a message, and --synthetic=False leaves such out', 'roles': 'user and assistant do not take turns',
-    'top_k': 'the reply is not among the best --top_k', 'repeated': 'the same was there before',
-    'too long': 'no whole answer fits into max_tokens', 'template heading': "a message contains a heading of the template",
-    'cannot be encoded': 'a text that no ids can stand for', 'half a surrogate pair': 'a text that no ids can stand for',
-    'empty output': 'there is nothing to learn', 'empty instruction': 'there is no question'}
+    'language': 'a message is in a language that --lang leaves out',
+    'deleted': 'a message was deleted by its author or a moderator',
+    'review_result': 'a message did not pass review',
+    'empty text': 'a message has no text',
+    'synthetic': 'a model wrote a message, and --synthetic=False leaves such out',
+    'roles': 'user and assistant do not take turns',
+    'top_k': 'the reply is not among the best --top_k',
+    'repeated': 'the same was there before',
+    'too long': 'no whole answer fits into max_tokens',
+    'template heading': 'a message contains a heading of the template',
+    'cannot be encoded': 'a text that no ids can stand for',
+    'half a surrogate pair': 'a text that no ids can stand for',
+    'empty output': 'there is nothing to learn',
+    'empty instruction': 'there is no question'}
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,15 @@ class Config:
 # ---- the look, of this page and of evaluate.py's ----
 
 STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); --soft: color-mix(in srgb, currentColor 6%, transparent) }
+:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent);
+  --soft: color-mix(in srgb, currentColor 6%, transparent) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right } td:first-child, th:first-child { text-align: left; padding-left: 0; min-width: 9rem }
+h1 { font-size: 1.5rem }
+h2 { font-size: 1.15rem; margin-top: 2.5rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right }
+td:first-child, th:first-child { text-align: left; padding-left: 0; min-width: 9rem }
 @media (max-width: 40rem) { table { font-size: .85rem } td, th { padding: .3rem .4rem } }
 footer, .note { color: color-mix(in srgb, currentColor 70%, transparent); font-size: .9rem }
 """
@@ -55,27 +66,49 @@ footer, .note { color: color-mix(in srgb, currentColor 70%, transparent); font-s
 
 def document(title, parts, style=''):
     """A whole HTML page of the parts, one below the other."""
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>{html.escape(title)}</title><style>{STYLE}{style}</style></head><body>\n' + '\n'.join(parts) + '\n</body></html>\n')
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>{html.escape(title)}</title><style>{STYLE}{style}</style>')
+    return '\n'.join([f'<!doctype html><html lang="en"><head>{head}</head><body>', *parts, '</body></html>\n'])
 
 
 OWN_STYLE = """
-:root { --learned: light-dark(#c3ecd2, #14532f); --bar: light-dark(#2a9d5c, #3fb878); --rest: light-dark(#cfd6dd, #47525e); --edge: color-mix(in srgb, currentColor 14%, transparent) }
-h1 { margin-bottom: .2rem } h1 + .note { margin-top: 0; overflow-wrap: anywhere }
+:root { --learned: light-dark(#c3ecd2, #14532f); --bar: light-dark(#2a9d5c, #3fb878); --rest: light-dark(#cfd6dd, #47525e);
+  --edge: color-mix(in srgb, currentColor 14%, transparent) }
+h1 { margin-bottom: .2rem }
+h1 + .note { margin-top: 0; overflow-wrap: anywhere }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1.5rem 0 }
-.figures div { background: var(--soft); border-radius: .6rem; padding: .7rem .9rem } .figures b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums }
+.figures div { background: var(--soft); border-radius: .6rem; padding: .7rem .9rem }
+.figures b { display: block; font-size: 1.45rem; line-height: 1.3; font-variant-numeric: tabular-nums }
 .figures span { font-size: .85rem; opacity: .75 }
-svg { display: block; width: 100%; height: 13rem; border-bottom: 1px solid var(--line) } rect { fill: var(--rest) } rect.on { fill: var(--bar) } g:hover { opacity: .75 }
-.axis { position: relative; height: 1.6rem; font-size: .8rem; opacity: .75; font-variant-numeric: tabular-nums } .axis span { position: absolute; transform: translateX(-50%); padding-top: .2rem }
-.axis span:first-child { transform: none } .axis span[style*=':100'] { transform: translateX(-100%) } .key { display: inline-block; width: .85em; height: .85em; border-radius: .2em; vertical-align: -.05em; margin-right: .4em; background: var(--rest) }
-.key.on { background: var(--bar) } .key.learned { background: var(--learned); outline: 1px solid var(--line) } .key:not(:first-child) { margin-left: .6em }
-table { width: 100% } td { vertical-align: baseline } td small { display: block; opacity: .7; font-size: .85em; max-width: 34rem } td:last-child, th:last-child { padding-right: 0 } td:has(.bar) { width: 34%; vertical-align: middle }
-.bar { display: block; background: var(--soft); border-radius: .3rem } .bar span { display: block; height: .55rem; border-radius: .3rem; background: var(--bar); min-width: 2px }
+svg { display: block; width: 100%; height: 13rem; border-bottom: 1px solid var(--line) }
+rect { fill: var(--rest) }
+rect.on { fill: var(--bar) }
+g:hover { opacity: .75 }
+.axis { position: relative; height: 1.6rem; font-size: .8rem; opacity: .75; font-variant-numeric: tabular-nums }
+.axis span { position: absolute; transform: translateX(-50%); padding-top: .2rem }
+.axis span:first-child { transform: none }
+.axis span[style*=':100'] { transform: translateX(-100%) }
+.key { display: inline-block; width: .85em; height: .85em; border-radius: .2em; vertical-align: -.05em; margin-right: .4em;
+  background: var(--rest) }
+.key.on { background: var(--bar) }
+.key.learned { background: var(--learned); outline: 1px solid var(--line) }
+.key:not(:first-child) { margin-left: .6em }
+table { width: 100% }
+td { vertical-align: baseline }
+td small { display: block; opacity: .7; font-size: .85em; max-width: 34rem }
+td:last-child, th:last-child { padding-right: 0 }
+td:has(.bar) { width: 34%; vertical-align: middle }
+.bar { display: block; background: var(--soft); border-radius: .3rem }
+.bar span { display: block; height: .55rem; border-radius: .3rem; background: var(--bar); min-width: 2px }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 0 3rem; align-items: start }
 @media (max-width: 40rem) { td:first-child, th:first-child { min-width: 0 } td:has(.bar) { width: 22% } }
-details { border-top: 1px solid var(--line); padding: .7rem 0 } summary { cursor: pointer; font-size: .85rem; opacity: .75; font-variant-numeric: tabular-nums }
-.ids { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; padding: .5rem 0 } .ids > * { font: inherit; text-decoration: none; box-shadow: inset 1px 0 var(--edge); padding: .1em 0; border-radius: .15em }
-.ids b { background: var(--learned) } .ids .tag { font: .8em/1 ui-monospace, monospace; border: 1px solid var(--line); box-shadow: none; border-radius: .4em; padding: .1em .35em; margin: 0 .15em; unicode-bidi: isolate }
+details { border-top: 1px solid var(--line); padding: .7rem 0 }
+summary { cursor: pointer; font-size: .85rem; opacity: .75; font-variant-numeric: tabular-nums }
+.ids { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; padding: .5rem 0 }
+.ids > * { font: inherit; text-decoration: none; box-shadow: inset 1px 0 var(--edge); padding: .1em 0; border-radius: .15em }
+.ids b { background: var(--learned) }
+.ids .tag { font: .8em/1 ui-monospace, monospace; border: 1px solid var(--line); box-shadow: none; border-radius: .4em;
+  padding: .1em .35em; margin: 0 .15em; unicode-bidi: isolate }
 .ids s { text-decoration: none; opacity: .4 }
 """
 
@@ -125,19 +158,20 @@ def histogram(lengths, supervised):
     parts = []
     for i, (n, total, part) in enumerate(zip(counts, tokens, learned)):
         if n:
-            height, to = 100 * n / counts.max(), longest if i == n_bars - 1 else (i + 1) * width - 1
-            parts.append(f'<g><title>{i * width:,} to {to:,} tokens: {int(n):,} conversations, {part / total:.0%} supervised</title>'
-                         f'<rect x="{i + .06:.2f}" y="{100 - height:.2f}" width=".88" height="{height:.2f}"/>'
-                         f'<rect class="on" x="{i + .06:.2f}" y="{100 - height * part / total:.2f}" width=".88" height="{height * part / total:.2f}"/></g>')
+            to = longest if i == n_bars - 1 else (i + 1) * width - 1
+            parts.append(f'<g><title>{i * width:,} to {to:,} tokens: {int(n):,} conversations, {part / total:.0%} supervised</title>')
+            for kind, height in (('off', 100 * n / counts.max()), ('on', 100 * n / counts.max() * part / total)):
+                parts.append(f'<rect class="{kind}" x="{i + .06:.2f}" y="{100 - height:.2f}" width=".88" height="{height:.2f}"/>')
+            parts.append('</g>')
     step = next(s for s in nice_numbers() if n_bars * width / s < 6)
     ticks = ''.join(f'<span style="left:{at / n_bars / width:.2%}">{at:,}</span>' for at in range(0, n_bars * width + 1, step))
     top = int(counts.argmax())
-    note = f'The highest bar: {int(counts[top]):,} conversations of {top * width:,} to {(top + 1) * width - 1:,} tokens.'
+    remark = f'The highest bar: {int(counts[top]):,} conversations of {top * width:,} to {(top + 1) * width - 1:,} tokens.'
     if longest >= n_bars * width:
-        note += f' In the last one stand all longer ones, up to {longest:,}.'
-    return (f'<svg viewBox="0 0 {n_bars} 100" preserveAspectRatio="none" role="img" aria-label="How many conversations are how long">'
-            + ''.join(parts) + f'</svg><div class="axis">{ticks}</div><p class="note"><span class="key on"></span>the share of their tokens '
-            f'that is supervised <span class="key"></span>the rest. {note}</p>')
+        remark += f' In the last one stand all longer ones, up to {longest:,}.'
+    svg = f'<svg viewBox="0 0 {n_bars} 100" preserveAspectRatio="none" role="img" aria-label="How many are how long">{"".join(parts)}</svg>'
+    return f'{svg}<div class="axis">{ticks}</div>' + note(
+        '<span class="key on"></span>the share of their tokens that is supervised <span class="key"></span>the rest. ' + remark)
 
 
 # What a browser would not show, or would turn round the rest of the line by; a line's end is shown and made.
@@ -154,8 +188,8 @@ def shown_tokens(ids, mask, tokenizer):
     parts, held, decoder = [], [], codecs.getincrementaldecoder('utf-8')('replace')
 
     def put(text, more=''):
-        kind = 'b' if held[0][1] else 'i'
-        parts.append(f'<{kind}{more} title="{" ".join(str(i) for i, _ in held)}">{html.escape(text).translate(_VISIBLE)}</{kind}>')
+        kind, title = 'b' if held[0][1] else 'i', ' '.join(str(i) for i, _ in held)
+        parts.append(f'<{kind}{more} title="{title}">{html.escape(text).translate(_VISIBLE)}</{kind}>')
         held.clear()
 
     for i, supervised in zip(ids.tolist(), mask.tolist()):
@@ -185,6 +219,21 @@ def conversations(split, tokenizer, seed):
 
 # ---- the page ----
 
+def section(title, *parts):
+    """A heading and what stands under it."""
+    return f'<h2>{html.escape(title)}</h2>' + ''.join(parts)
+
+
+def beside(*sections):
+    """Sections side by side, where there is room."""
+    return '<div class="two">' + ''.join(f'<div>{part}</div>' for part in sections) + '</div>'
+
+
+def note(text):
+    """A remark; the text is HTML."""
+    return f'<p class="note">{text}</p>'
+
+
 def page(folder, seed):
     """The page about a prepared folder, as text. UserError for a folder that is none."""
     meta, e = tokenfile.read_meta(folder), lambda value: html.escape(str(value))
@@ -194,42 +243,43 @@ def page(folder, seed):
     if not splits:
         raise UserError(f'{folder} holds no conversations. Prepare it again.')
     lengths, supervised = (np.concatenate([getattr(split, name) for split in splits]) for name in ('lengths', 'n_supervised'))
-    tokens, learned, kept, seen = int(lengths.sum()), int(supervised.sum()), len(lengths), meta.get('seen', len(lengths))
+    kept, seen, n_tokens = len(lengths), meta.get('seen', len(lengths)), int(lengths.sum())
     source, options = meta.get('source', {}), meta.get('options', {})
     name = source.get('name') or os.path.basename(os.path.abspath(folder))
-    about = [f"licence {source['licence']}" if source.get('licence') else '', source.get('url') or '',
-             f"template {meta['template']}", f"vocabulary {meta['tokenizer']['name']}"]
-    parts = [f'<h1>{e(name)}</h1><p class="note">{e(" · ".join(part for part in about if part))}</p>', figures([
-        (f'{kept:,}', f'conversations kept of {seen:,}'), (f'{tokens:,}', 'tokens'), (share(learned, tokens), 'of the tokens are supervised'),
+    about = [source.get('licence') and f"licence {source['licence']}", source.get('url'), f"template {meta['template']}",
+             f"vocabulary {meta['tokenizer']['name']}"]
+    parts = [f'<h1>{e(name)}</h1>', note(e(' · '.join(part for part in about if part))), figures([
+        (f'{kept:,}', f'conversations kept of {seen:,}'), (f'{n_tokens:,}', 'tokens'),
+        (share(int(supervised.sum()), n_tokens), 'of the tokens are supervised'),
         (f'{int(np.median(lengths)):,}', 'tokens, the median'), (f'{int(lengths.max()):,}', 'tokens, the longest')])]
+    parts.append(section('How long they are, in tokens', histogram(lengths, supervised)))
 
-    parts.append('<h2>How long they are, in tokens</h2>' + histogram(lengths, supervised))
     held = [(size, int((lengths - 1 <= size).sum())) for size in (128, 256, 512, 1024)]
-    held = [(size, n) for i, (size, n) in enumerate(held) if not i or held[i - 1][1] < kept]
-    parts.append('<div class="two"><div><h2>What a row can hold</h2>' +
-                 shares([(f'{size:,}\u00a0positions', n) for size, n in held][::-1], kept) + '</div>')
-    rows = [(e(split.name), f'{len(split):,}', f'{split.lengths.sum():,}', share(split.n_supervised.sum(), split.lengths.sum())) for split in splits]
-    parts.append('<div><h2>Splits</h2>' + table(rows, ('', 'conversations', 'tokens', 'supervised')) +
-                 f'<p class="note">By {e(meta.get("split_rule", "a rule that is not noted"))}, seed {e(meta.get("seed", "–"))}.</p></div></div>')
+    held = [(f'{size:,}\u00a0positions', n) for i, (size, n) in enumerate(held) if not i or held[i - 1][1] < kept]
+    rows = [(e(split.name), f'{len(split):,}', f'{split.lengths.sum():,}', share(split.n_supervised.sum(), split.lengths.sum()))
+            for split in splits]
+    rule = f"By {meta.get('split_rule', 'a rule that is not noted')}, seed {meta.get('seed', '–')}."
+    parts.append(beside(section('What a row can hold', shares(held[::-1], kept)),
+                        section('Splits', table(rows, ('', 'conversations', 'tokens', 'supervised')), note(e(rule)))))
 
     dropped = [(reason, n) for reason, n in meta.get('dropped', {}).items() if n]
-    also = [f"{meta[key]:,} {what}" for key, what in (('truncated', 'kept ones lost turns at their end, to fit max_tokens'),
-                                                        ('broken_lines', 'lines of the source were broken')) if meta.get(key)]
-    parts.append('<h2>What was left out</h2>' + (shares(dropped, seen, REASONS) if dropped else '<p>No conversation.</p>') +
-                 ''.join(f'<p class="note">{line}.</p>' for line in also))
-    languages = sorted(meta.get('languages', {}).items(), key=lambda pair: -pair[1])
-    others = sum(n for _, n in languages[12:])
-    parts.append('<div class="two"><div><h2>Languages</h2>' + (shares(languages[:12] + [('others', others)] * bool(others), kept) if languages else
-                                                               '<p>The source does not say.</p>') + '</div>')
-    parts.append('<div><h2>What the source held</h2>' + table(
-        [(e(what.strip()), f'{n:,}') for what, n in meta.get('counts', {}).items()]) + '</div></div>')
+    also = {'truncated': 'kept ones lost turns at their end, to fit max_tokens', 'broken_lines': 'lines of the source were broken'}
+    parts.append(section('What was left out', shares(dropped, seen, REASONS) if dropped else '<p>No conversation.</p>',
+                         *(note(f'{meta[key]:,} {what}.') for key, what in also.items() if meta.get(key))))
 
-    parts.append(f'<h2>{min(SHOWN, len(splits[0]))} conversations, token by token</h2><p class="note"><span class="key learned"></span>'
-                 'what the assistant must produce, and is learned. The rest is only read. A hairline stands between tokens; their ids show '
-                 'when pointed at. ' + 'An answer that several threads share is learned in one of them. ' * (options.get('turns') == 'all') +
-                 f'Drawn with seed {seed}.</p>' + conversations(splits[0], tokenizer, seed))
-    settings = ', '.join(f'{key}={value!r}' for key, value in options.items())
-    parts.append(f'<footer><p>{e(settings)}</p></footer>')
+    languages = sorted(meta.get('languages', {}).items(), key=lambda pair: -pair[1])
+    if others := sum(n for _, n in languages[12:]):
+        languages[12:] = [('others', others)]
+    counts = [(e(what.strip()), f'{n:,}') for what, n in meta.get('counts', {}).items()]
+    parts.append(beside(section('Languages', shares(languages, kept) if languages else '<p>The source does not say.</p>'),
+                        section('What the source held', table(counts))))
+
+    how = ['<span class="key learned"></span>what the assistant must produce, and is learned. The rest is only read.',
+           'An answer that several threads share is learned in one of them.' if options.get('turns') == 'all' else '',
+           f'A hairline stands between tokens; their ids show when pointed at. Drawn with seed {seed}.']
+    parts.append(section(f'{min(SHOWN, len(splits[0]))} conversations, token by token', note(' '.join(how)),
+                         conversations(splits[0], tokenizer, seed)))
+    parts.append(f"<footer><p>{e(', '.join(f'{key}={value!r}' for key, value in options.items()))}</p></footer>")
     return document(f'{name}: what the model will learn', parts, OWN_STYLE)
 
 
@@ -243,7 +293,7 @@ def write(folder, seed):
     except OSError as error:
         raise UserError(f'could not write {path}: {error.strerror}.') from None
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:  # a stranger's meta.json
-        raise UserError(f'meta.json in {folder} cannot be shown: {type(error).__name__} {error}. Prepare the folder again.') from None
+        raise UserError(f'meta.json in {folder} cannot be shown ({type(error).__name__}: {error}). Prepare it again.') from None
     return path
 
 
