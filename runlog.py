@@ -27,14 +27,15 @@ def wanted(config):
     return list(dict.fromkeys(names + ['wandb'] * config.wandb_log))
 
 
-def problems(config):
-    """What in config.log cannot work, a sentence each."""
+def check(config):
+    """UserError where the numbers are to go to a program that is unknown or not installed."""
     for name in wanted(config):
-        found = util.find_spec(name) if name in TRACKERS else None
         if name not in TRACKERS:
-            yield f'log={config.log!r}: expected tensorboard, wandb or both with a comma.'
-        elif not found or not found.origin:  # a mere folder of that name is found, too: wandb leaves one
-            yield f'log={name} needs a package that is not installed: pip install {name}. log.csv is written anyway.'
+            raise UserError(f'log={config.log!r}: expected tensorboard, wandb or both with a comma.')
+        found = util.find_spec(name)
+        if not found or not found.origin:  # a mere folder of that name is found, too: wandb leaves one
+            raise UserError(f'log={name} needs a package that is not installed: pip install {name}. Or go without: '
+                            f'{"--wandb_log=False" if config.wandb_log else "--log="}; log.csv is written anyway.')
 
 
 class RunLog:

@@ -102,7 +102,6 @@ class Config:
             yield f'dtype={self.dtype!r}: expected auto, float32, bfloat16 or float16.'
         if self.min_lr > self.learning_rate:
             yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
-        yield from runlog.problems(self)
 
 
 # A run that is resumed with one of these changed would no longer be the same run.
@@ -383,6 +382,7 @@ def main(argv):
     if asked.init_from == 'resume':  # the keys of that run are the defaults of this one
         saved = {**checkpoint.load(path)['config'], 'init_from': 'resume', 'out_dir': asked.out_dir}
     config = configurator.load(Config, argv, saved)
+    runlog.check(config)
     keep_freed_memory()
     with processes(config) as procs:
         writes = procs.rank == 0 and not config.eval_only
