@@ -78,11 +78,11 @@ def answer_all(opened, template, questions, max_new_tokens=64, temperature=0.0, 
     """The Answers of a model to each list of turns in questions, in their order.
 
     Prompts of similar length are answered together; greedy answers are what they would be alone.
-    A prompt that fills the window loses its oldest tokens. what: names the work on a terminal.
+    A prompt that leaves no room for that loses its oldest tokens. what: names the work on a terminal.
     """
     tokenizer, window = opened.tokenizer, opened.model.config.block_size
     stops = conversation.stop_ids(tokenizer, template)
-    room = max(1, window - max_new_tokens)
+    room = window - min(max_new_tokens, window // 2)  # at least half of the window is the prompt's, as in a chat
     prompts = [conversation.prompt(turns, tokenizer, template)[-room:] for turns in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found, bar = [[] for _ in prompts], Bar(total=len(order) * max_new_tokens, desc=f'{what}, {len(order)} answers',

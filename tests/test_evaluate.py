@@ -91,6 +91,14 @@ def test_answers_do_not_depend_on_the_batch(tmp_path):
     assert together == evaluate.answer_all(opened, 'xml', questions, max_new_tokens=12, batch_size=2)
 
 
+def test_an_answer_as_long_as_the_window_leaves_the_prompt_its_half(tmp_path, monkeypatch):
+    """The demo's model has 128 positions, and 128 is the default of max_new_tokens."""
+    opened, seen = evaluate.checkpoint.open_model(model_folder(tmp_path / 'm')), []
+    monkeypatch.setattr(evaluate, 'generate', lambda model, prompts, *_, **__: seen.extend(prompts) or [[0] * len(prompts)])
+    evaluate.answer_all(opened, 'xml', [[Turn('user', 'x' * 50)], [Turn('user', 'x' * 500)]], max_new_tokens=256)
+    assert sorted(map(len, seen)) == [54, 128]
+
+
 def test_the_loss_is_that_of_an_untrained_model_and_weighs_tokens_equally(tmp_path, data):
     opened = checkpoint.open_model('resume', model_folder(tmp_path / 'm'))
     split = tokenfile.Split([os.path.join(data, 'small')], 'val')
