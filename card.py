@@ -50,7 +50,7 @@ def scores(opened, report, folder):
         with open(report, encoding='utf-8') as file:
             results = json.load(file)['models']
         found = [result for result in results if os.path.realpath(result['model']) == os.path.realpath(folder)]
-        rows = evaluate.rows_of(found[0]) if found else []
+        rows = [row for row in (evaluate.rows_of(found[0]) if found else ()) if row[0] not in ('parameters', 'asked as')]
         there = [line(result['description']) for result in found or results]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f'{report} is not a report.json of evaluate.py that can be read: {type(error).__name__} {line(error, 100)}') from None

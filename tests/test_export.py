@@ -10,6 +10,7 @@ pytest.importorskip('hypothesis', reason='hypothesis is not installed: pip insta
 from hypothesis import given, settings, strategies as st
 from jinja2.exceptions import TemplateError
 
+import chat_template
 import checkpoint
 import conversation
 import evaluate
@@ -28,7 +29,7 @@ transformers = pytest.importorskip('transformers')
 PIECES = [*TAGS, END_OF_TEXT, '<', '>', '<user', '</', '|>', '### Response:', '### Instruction:', '\n', '\n\n', ' ', '  ', '\t', '\xa0', '\u2003', '\x1c',
           '\x85', 'Answer:', "'s", '12', 'a', 'the', '.', '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=7).map(''.join).filter(
-    lambda text: not {export.BREAK, export.JOINT} & set(text))
+    lambda text: not {chat_template.BREAK, chat_template.JOINT} & set(text))
 SETTINGS = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'}, {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
 
@@ -86,15 +87,15 @@ def each(request, folders):
 def test_gpt2s_merges_are_found_again(gpt2, vocabulary):
     from tiktoken.load import read_file_cached
     lines = read_file_cached(tokenizers.GPT2_MERGES, tokenizers.GPT2_MERGES_SHA256).decode().split('\n')[1:-1]
-    assert [tuple(map(tokenizers.to_unicode, pair)) for pair in export.merges(gpt2.tokens)] == [tuple(line.split()) for line in lines]
+    assert [tuple(map(tokenizers.to_unicode, pair)) for pair in chat_template.merges(gpt2.tokens)] == [tuple(line.split()) for line in lines]
     with open(vocabulary, encoding='utf-8') as file:
         learned = json.load(file)['model']['merges']
-    assert [[*map(tokenizers.to_unicode, pair)] for pair in export.merges(tokenizers.load(vocabulary).tokens)] == learned
+    assert [[*map(tokenizers.to_unicode, pair)] for pair in chat_template.merges(tokenizers.load(vocabulary).tokens)] == learned
 
 
 def test_a_vocabulary_that_no_merging_makes_is_refused():
     with pytest.raises(UserError, match="its token b'user'"):
-        export.merges([bytes([b]) for b in range(256)] + [b'user'])
+        chat_template.merges([bytes([b]) for b in range(256)] + [b'user'])
 
 
 # ---- the chat template ----
@@ -155,9 +156,9 @@ def test_joints_are_written_only_where_something_would_fuse(each):
     template, theirs, _ = each
     for text in ('What is it?', '1', 'é'):
         rendered = theirs.apply_chat_template([{'role': 'user', 'content': text}, {'role': 'assistant', 'content': text}], tokenize=False)
-        assert not {export.BREAK, export.JOINT} & set(rendered)  # so that llama.cpp, which takes none out, meets none
+        assert not {chat_template.BREAK, chat_template.JOINT} & set(rendered)  # so that llama.cpp, which takes none out, meets none
     rendered = theirs.apply_chat_template([{'role': 'user', 'content': 'a '}, {'role': 'assistant', 'content': ' b'}], tokenize=False)
-    assert (export.JOINT in rendered) == (template in ('plain', 'alpaca'))
+    assert (chat_template.JOINT in rendered) == (template in ('plain', 'alpaca'))
 
 
 # ---- the model ----
