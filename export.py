@@ -116,10 +116,12 @@ def contents(opened, dtype):
     files = {'config.json': config, 'tokenizer.json': tokenizer_json(tokenizer),
              'generation_config.json': {**ids, 'eos_token_id': stops, 'max_new_tokens': min(256, window // 2)},
              # The class that takes tokenizer.json as it is; GPT2Tokenizer would make its own of it.
+             # No token_type_ids, which transformers 4 would make and GPT-2 add to what it reads.
              'tokenizer_config.json': {
+                 'model_input_names': ['input_ids', 'attention_mask'],
                  'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': window, 'bos_token': END_OF_TEXT,
                  'eos_token': eos, 'pad_token': END_OF_TEXT, 'add_bos_token': False, 'clean_up_tokenization_spaces': False,
-                 'extra_special_tokens': [piece for piece in tokenizer.special if piece not in (END_OF_TEXT, eos)]}}
+                 'additional_special_tokens': [piece for piece in tokenizer.special if piece not in (END_OF_TEXT, eos)]}}
     texts = {name: json.dumps(value, indent=1, ensure_ascii=False) + '\n' for name, value in files.items()}
     texts['chat_template.jinja'] = chat_template(template, tokenizer)
     return texts, {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}

@@ -195,6 +195,7 @@ def test_generate_and_pipeline_write_and_stop_as_sample_py_does(tokyo, template,
     assert set(ask.model.generation_config.eos_token_id) == stops and ask.tokenizer.eos_token_id in stops
     messages = [{'role': 'user', 'content': 'What is the capital of Japan?'}]
     tokens = ask.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt')
+    assert set(tokens) == {'input_ids', 'attention_mask'} and ask.tokenizer.model_input_names == ['input_ids', 'attention_mask']
     written = ask.model.generate(**tokens)[0, tokens['input_ids'].shape[1]:].tolist()
     ours = evaluate.answer_all(opened, template, [conversation.from_messages(messages)])[0]
     assert ours.text == 'Tokyo.' and written[:-1] == ours.ids and written[-1] in stops
