@@ -74,11 +74,11 @@ def card(title, opened, folder, dtype, report=''):
     sources = [part['source'] if isinstance(part.get('source'), dict) else {} for part in data]
     urls = [url if isinstance(url := source.get('url'), str) and re.fullmatch(r'https?://[\w./%?=:+@,-]+', url) else None
             for source in sources]
-    licences = {line(source['licence']) for source in sources if source.get('licence')}
+    licences = {line(source.get('licence') or '') for source in sources}
     on_hub = [found[1] for url in urls if url and (found := re.match(r'https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/', url))]
-    licence = next(iter(licences)).lower() if len(licences) == 1 else 'other'
+    licence = next(iter(licences)).lower() if len(licences) == 1 else 'other'  # several, or one that is not known
     front = {'library_name': 'transformers', 'pipeline_tag': 'text-generation',
-             'license': (licence if licence in LICENCES else 'other') if licences else None,
+             'license': (licence if licence in LICENCES else 'other') if any(licences) else None,
              'base_model': base, 'datasets': list(dict.fromkeys(on_hub)), 'tags': ['gpt2', 'conversational', 'sft']}
     n_parameters = sum(p.numel() for p in opened.model.parameters()) - (shape.padded_vocab_size - shape.vocab_size) * shape.n_embd
     start = (f'It began with the weights of [{base}](https://huggingface.co/{base}).' if base else
@@ -95,8 +95,9 @@ def card(title, opened, folder, dtype, report=''):
         '## How it is spoken to',
         f'The template is `{opened.template}`, which `apply_chat_template` writes. A conversation of two turns:',
         code(opened.tokenizer.decode(ids.tolist())),
-        f'Of it, this was learned: `{opened.tokenizer.decode(ids[mask == 1].tolist()).strip()}`. A system message has no place of its '
-        'own: it becomes the beginning of the first question. A tag that somebody types is ordinary text and ends nothing.']
+        'All of it was learned.' if run.get('loss_on') == 'all' else
+        f'Of it, this was learned: `{opened.tokenizer.decode(ids[mask == 1].tolist()).strip()}`.',
+        'A system message has no place of its own: it becomes the beginning of the first question. A tag that somebody types is ordinary text and ends nothing.']
 
     parts.append('## Data')
     for part, source, url in zip(data, sources, urls):
@@ -108,8 +109,8 @@ def card(title, opened, folder, dtype, report=''):
                  if data else 'The checkpoint does not say what it was trained on.')
 
     recipe = {key: value for key, value in run.items() if isinstance(key, str) and key not in NOT_RECIPE}
-    parts += ['## Recipe', code('\n'.join(f'{line(key)} = {line(repr(value) if isinstance(value, str) else value)}' for key, value in recipe.items())) if recipe else
-              'The checkpoint does not say how it was trained.']
+    settings = '\n'.join(f'{line(key)} = {line(repr(value) if isinstance(value, str) else value)}' for key, value in recipe.items())
+    parts += ['## Recipe', code(settings) if recipe else 'The checkpoint does not say how it was trained.']
 
     rows = []
     if contents:

@@ -71,13 +71,25 @@ def test_train_py_keeps_where_the_data_is_from_and_a_resumed_run_does_too(run, t
 def test_the_card_says_what_the_run_knows(run):
     text, saved = text_of(run[1]), checkpoint.load(str(run[1] / 'best.pt'))
     front = front_matter(text)
-    assert front['license'] == 'apache-2.0' and front['datasets'] == ['OpenAssistant/oasst2'] and 'base_model' not in front
+    assert front['license'] == 'other' and front['datasets'] == ['OpenAssistant/oasst2'] and 'base_model' not in front
     assert front['pipeline_tag'] == 'text-generation' and front['library_name'] == 'transformers'
     for said in ('# my-model\n', 'trained from scratch', '<user>What is the capital of France?</user>', '`The capital of France is Paris.</assistant>`',
                  'oasst2', f'<{OASST["url"]}>', 'Apache-2.0', 'licence: not stated', 'f' * 64, '\n    learning_rate = 0.01\n',
                  f"| optimizer steps | {saved['step']} |", f"{saved['val_loss']:.4f}", 'step 2', '--init_from=my-model', '64 tokens in all'):
         assert said in text, (said, text)
     assert str(run[0]) not in text and 'out_dir' not in text
+
+
+@pytest.mark.parametrize('licences, front', [
+    (['Apache-2.0'], 'apache-2.0'), (['MIT', 'MIT'], 'mit'), (['MIT', 'Apache-2.0'], 'other'), (['CC-BY-NC-4.0', None], 'other'), (['mine'], 'other'),
+    ([None], None), ([], None)])
+def test_the_licence_at_the_top_is_that_of_all_the_data(run, licences, front):
+    origin = {'init_from': 'scratch', 'data': [{'source': {'name': 'x', 'licence': licence}} for licence in licences]}
+    assert front_matter(text_of(run[1], origin=origin)).get('license') == front
+
+
+def test_a_run_that_learned_every_token_says_so(run):
+    assert 'All of it was learned.' in text_of(run[1], config={'loss_on': 'all'})
 
 
 @pytest.mark.parametrize('begun, said, base', [
