@@ -60,6 +60,9 @@ class Config:
 
 def write_gguf(path, opened, texts, weights):
     """model.gguf, as llama.cpp's own converter makes it of the folder; of vocabularies like ours that one knows GPT-2's alone."""
+    if opened.model.config.gelu != 'tanh':
+        raise UserError(f"{opened.description} computes the exact GELU, as nanoGPT does; llama.cpp's GPT-2 has the one by tanh. "
+                        'Leave out --gguf=True: the folder itself says which it is.')
     try:
         import gguf
     except ImportError:

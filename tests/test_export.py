@@ -322,3 +322,15 @@ def test_a_model_that_was_never_tuned_is_not_exported(tmp_path):
     (tmp_path / 'm' / 'merges.txt').write_text('')
     with pytest.raises(UserError, match='was never tuned here'):
         exported(tmp_path / 'm', tmp_path / 'my')
+
+
+def test_the_exact_gelu_goes_to_transformers_and_not_to_llama_cpp(small, tmp_path):
+    source = make(tmp_path / 'source', small, gelu='none')
+    folder = exported(source, tmp_path / 'my')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = checkpoint.open_model(source).model.eval()
+    idx = torch.arange(40)[None]
+    torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match='exact GELU'):
+        exported(source, tmp_path / 'other', gguf=True)
+    assert not os.path.exists(tmp_path / 'other')
