@@ -38,13 +38,15 @@ def prepare(model, device, dtype='auto', compiled=False):
         model.to(device, kind).eval()
         return dtype
     # One thread a matrix: half the work is the kernel's, handing out memory, and torch's threads wait for it.
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    n_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         unembed = pool.submit(convert, model.transformer.wte.weight, None)
         linears = [(part, name, pool.submit(convert, linear.weight, linear.bias)) for block in model.transformer.h
                    for part in (block.attn, block.mlp) for name, linear in part.items()]
         for part, name, converted in Bar(linears, 'laying out the weights', unit=' matrices'):
             part[name] = converted.result()
         model.unembed = unembed.result()
+    torch.set_num_threads(n_threads)  # theirs is what every thread that starts later would begin with, such as serve.py's
     model.eval()
     return dtype
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from batching import PIECE, Batch, Full, Request, Worker
-from decoding import KVCache, generate
+from decoding import KVCache, generate, prepare
 from model import GPT, GPTConfig
 
 
@@ -153,6 +153,19 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(tiny):
     assert second.tokens == again.tokens == alone(tiny, ids, 6, temperature=0.0)
     assert len(batch.memory.texts) == 2
     assert other.request.n_remembered == 0
+
+
+def test_a_thread_that_starts_after_prepare_has_all_of_torchs_threads():
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        prepare(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=90)), 'cpu')
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [3]
 
 
 def test_a_store_that_grows_keeps_what_is_in_it(tiny):
