@@ -218,12 +218,11 @@ class Batch:
         self.reset()
 
 
-class Worker(threading.Thread):
-    """The thread that does the rounds of all batches in turn: two at once would wait for each other's cores."""
+class Worker:
+    """What does the rounds of all batches in turn: two at once would wait for each other's cores."""
 
     def __init__(self, batches):
-        super().__init__(daemon=True)
-        self.batches, self.news = batches, threading.Condition()
+        self.batches, self.news, self.stopped = batches, threading.Condition(), False
 
     def submit(self, batch, requests):
         """Have the requests answered by the batch, all of them or, if they would not fit, none: Full."""
@@ -233,12 +232,18 @@ class Worker(threading.Thread):
             batch.waiting += requests
             self.news.notify()
 
+    def stop(self):
+        """Have run return."""
+        with self.news:
+            self.stopped = True
+            self.news.notify()
+
     def run(self):
-        """Rounds, for ever; where there is nothing to do, wait."""
+        """Rounds, until stop; where there is nothing to do, wait."""
         with torch.inference_mode():
-            while True:
+            while not self.stopped:
                 with self.news:
-                    self.news.wait_for(lambda: any(batch.busy or batch.waiting for batch in self.batches))
+                    self.news.wait_for(lambda: self.stopped or any(batch.busy or batch.waiting for batch in self.batches))
                     for batch in self.batches:
                         batch.sweep()
                 for batch in self.batches:

@@ -10,6 +10,7 @@ What is sent is always ordinary text: nobody can write a tag and forge a turn.
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +28,7 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+    from fastapi.responses import FileResponse, StreamingResponse
     from starlette.exceptions import HTTPException
 
     from chatapi import ApiError, ChatBody, CompletionBody, Job, error_response, unless_gone
@@ -184,9 +185,8 @@ def make_app(config, models, worker):
 
     @app.get('/health')
     async def health():
-        status = {'status': 'ok' if worker.is_alive() else 'the worker has stopped', 'writing': sum(m.batch.busy for m in models),
-                  'waiting': sum(len(m.batch.waiting) for m in models), 'places': config.batch_size * len(models)}
-        return JSONResponse(status, 200 if worker.is_alive() else 503)
+        return {'status': 'ok', 'writing': sum(m.batch.busy for m in models), 'waiting': sum(len(m.batch.waiting) for m in models),
+                'places': config.batch_size * len(models)}
 
     @app.get('/v1/models')
     async def list_models():
@@ -247,11 +247,25 @@ def main(argv):
             if models[0].name == models[1].name:
                 raise UserError(f'compare={config.compare!r} is the model itself. Name another, such as gpt2-medium.')
         worker = Worker([model.batch for model in models])
-        worker.start()
         address = f'http://{f"[{config.host}]" if ":" in config.host else config.host}:{listening.getsockname()[1]}'
         print(f'chat: {address}/   interface: {address}/v1   Ctrl-C stops', flush=True)
-        uvicorn.Server(uvicorn.Config(make_app(config, models, worker), log_level='warning', server_header=False,
-                                      timeout_graceful_shutdown=2)).run(sockets=[listening])
+        server = uvicorn.Server(uvicorn.Config(make_app(config, models, worker), log_level='warning', server_header=False,
+                                               timeout_graceful_shutdown=2))
+
+        def answer():
+            try:
+                server.run(sockets=[listening])
+            finally:
+                worker.stop()
+        # The models compute in this thread, which has loaded them: OpenMP has a team of threads for each one that
+        # computes, and two teams on the same cores wait for each other.
+        answering = threading.Thread(target=answer)
+        answering.start()
+        try:
+            worker.run()
+        finally:
+            server.should_exit = True
+            answering.join()
 
 
 if __name__ == '__main__':

@@ -197,9 +197,13 @@ def test_a_failure_is_told_and_the_next_request_is_answered(tiny, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(*((batch, 'write') if at == 'while reading' else (batch.slots, 'step')), lambda *_: 1 / 0)
         worker.submit(batch, [Request(prompt(3), 5, deliver)])
-        worker.start()
+        thread = threading.Thread(target=worker.run, daemon=True)
+        thread.start()
         assert done.wait(10) and events[-1] == 'error' and events.count('error') == 1
     done.clear()
     worker.submit(batch, [Request(prompt(3), 5, deliver, top_p=1e-300)])
     assert done.wait(10) and events[-1] == 'length'
     assert 'ZeroDivisionError' in capsys.readouterr().err
+    worker.stop()
+    thread.join(10)
+    assert not thread.is_alive()
