@@ -13,6 +13,14 @@ from model import from_transformers, to_transformers
 from test_checkpoint import Payload
 from test_train import flags
 from tokenfile import Writer
+from tokenizer import Tokenizer
+
+
+@pytest.fixture
+def of_its_size(monkeypatch):
+    """In the place of GPT-2's vocabulary one of as many tokens, which is on every machine."""
+    tokens = [bytes([b]) for b in range(256)] + [b'%05d' % i for i in range(256, 50256)]
+    monkeypatch.setattr(checkpoint.tokenizers, 'load', lambda name, tags=True: Tokenizer('stand-in', tokens, tags))
 
 
 def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
@@ -47,7 +55,7 @@ def logits(state, idx, n_head=2, n_layer=2):
 
 
 @pytest.mark.parametrize('vocab_size, bias, prefix', [(50304, True, ''), (50304, False, '_orig_mod.'), (50257, False, '')])
-def test_the_logits_are_nanogpts(tmp_path, gpt2, vocab_size, bias, prefix):
+def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix):
     state = ckpt(tmp_path / 'nano', vocab_size, bias, prefix)
     opened = checkpoint.open_model(str(tmp_path / 'nano'))
     n = opened.tokenizer.vocab_size
@@ -60,7 +68,7 @@ def test_the_logits_are_nanogpts(tmp_path, gpt2, vocab_size, bias, prefix):
         assert (opened.model(idx) - logits(state, idx)[..., :n]).abs().max() > 1e-4
 
 
-def test_the_gelu_goes_with_the_model(tmp_path, gpt2):
+def test_the_gelu_goes_with_the_model(tmp_path, of_its_size):
     """Into our checkpoint and back, and into transformers' form and back."""
     ckpt(tmp_path / 'nano')
     opened, idx = checkpoint.open_model(str(tmp_path / 'nano')), torch.arange(12)[None]
@@ -75,7 +83,7 @@ def test_the_gelu_goes_with_the_model(tmp_path, gpt2):
         assert torch.allclose(theirs(idx).logits, opened.model(idx), atol=1e-4)
 
 
-def test_a_checkpoint_from_before_there_was_a_choice_has_gpt2s(tmp_path, gpt2):
+def test_a_checkpoint_from_before_there_was_a_choice_has_gpt2s(tmp_path, of_its_size):
     ckpt(tmp_path / 'nano')
     opened = checkpoint.open_model(str(tmp_path / 'nano'))
     contents = checkpoint.pack(opened.model, opened.tokenizer, 'xml', {}, 1, None)
@@ -111,14 +119,14 @@ def test_it_is_asked_and_trained_further_but_not_resumed(tmp_path, gpt2, script)
     (dict(model={}), 'does not fit together'), (dict(model={1: 2}), 'does not fit together'), (dict(iter_num='7'), 'missing format_version'),
     (dict(model_args={'vocab_size': 50257, 'n_layer': 2, 'system': 'rm'}), 'does not fit together'),
     (dict(model_args={'vocab_size': 50257, 'n_layer': 10 ** 9}), 'does not fit')])
-def test_one_that_cannot_be_opened_is_a_line(tmp_path, gpt2, changes, said):
+def test_one_that_cannot_be_opened_is_a_line(tmp_path, of_its_size, changes, said):
     ckpt(tmp_path, **changes)
     with pytest.raises(UserError) as error:
         checkpoint.open_model(str(tmp_path))
     assert said in str(error.value) and '\n' not in str(error.value)
 
 
-def test_a_head_of_its_own_is_refused(tmp_path, gpt2):
+def test_a_head_of_its_own_is_refused(tmp_path, of_its_size):
     state = ckpt(tmp_path)
     ckpt(tmp_path, model={**state, 'lm_head.weight': state['lm_head.weight'] + 1})
     with pytest.raises(UserError, match='its head is not tied to the embedding'):
