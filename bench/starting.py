@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import contest  # also finds the repository's modules
 
 import configurator
-import export
 import tokenizer
+from chat_template import merges as merges_of
 from configurator import REPOSITORY
 from training import SHAPES
 
@@ -45,7 +45,7 @@ def make_folder(shape, folder):
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(folder)
     tokens = tokenizer.load('gpt2', tags=False).tokens
-    merges = [' '.join(map(tokenizer.to_unicode, pair)) for pair in export.merges(tokens)]
+    merges = [' '.join(map(tokenizer.to_unicode, pair)) for pair in merges_of(tokens)]
     vocabulary = {tokenizer.to_unicode(token): i for i, token in enumerate(tokens)} | {'<|endoftext|>': 50256}
     with open(os.path.join(folder, 'vocab.json'), 'w', encoding='utf-8') as file:
         json.dump(vocabulary, file, ensure_ascii=False)
