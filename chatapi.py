@@ -12,7 +12,7 @@ import time
 import uuid
 from typing import Annotated, Literal
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 import conversation
@@ -180,26 +180,27 @@ class Job:
     async def pieces(self):
         """(answer's number, new text, finish) as they come; ApiError where nothing more will."""
         n_open = len(self.answers)
-        try:
-            while n_open:
-                i, finish = await self.events.get()
-                answer = self.answers[i]
-                if answer.finish:  # at a stop string, before the model ended
-                    continue
-                if finish == 'error':
-                    raise ApiError(500, 'the model failed; the server says why. Try again with a shorter request.')
-                if finish == 'time':
-                    if not answer.request.written:
-                        raise ApiError(503, f'no answer within {self.config.timeout_s:g} s: too many others wait.', code='timeout')
-                    finish = 'length'
-                new = answer.take(finish)
-                n_open -= answer.finish is not None
-                if new or answer.finish:
-                    yield i, new, answer.finish
-            self.log()
-        finally:
-            for request in self.requests:  # who has gone leaves the place free
-                request.cancelled = True
+        while n_open:
+            i, finish = await self.events.get()
+            answer = self.answers[i]
+            if answer.finish:  # at a stop string, before the model ended
+                continue
+            if finish == 'error':
+                raise ApiError(500, 'the model failed; the server says why. Try again with a shorter request.')
+            if finish == 'time':
+                if not answer.request.written:
+                    raise ApiError(503, f'no answer within {self.config.timeout_s:g} s: too many others wait.', code='timeout')
+                finish = 'length'
+            new = answer.take(finish)
+            n_open -= answer.finish is not None
+            if new or answer.finish:
+                yield i, new, answer.finish
+        self.log()
+
+    def cancel(self):
+        """Leave the places free: nobody waits for more."""
+        for request in self.requests:
+            request.cancelled = True
 
     def timings(self):
         """How long the first token took, and tokens per second from then on, of all answers together; not in OpenAI's."""
@@ -261,9 +262,24 @@ class Job:
             yield f'data: {json.dumps(error_body(error.message, error.status, error.param, error.code))}\n\n'
 
 
-async def unless_gone(http, whole):
-    """What the coroutine gives, which is stopped when the client goes away."""
-    work = asyncio.ensure_future(whole)
+class EventStream(StreamingResponse):
+    """A job's answers as server-sent events; however that ends, even before it began, the places are free."""
+
+    def __init__(self, job, with_usage):
+        super().__init__(job.stream(with_usage), media_type='text/event-stream',
+                         headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
+        self.job = job
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.cancel()
+
+
+async def whole_unless_gone(job, http):
+    """A job's answers in one response, for which nothing is written any more when the client goes away."""
+    work = asyncio.ensure_future(job.whole())
 
     async def watch():
         while (await http.receive())['type'] != 'http.disconnect':
@@ -276,3 +292,4 @@ async def unless_gone(http, whole):
         return error_response('the client has gone.', 499)
     finally:
         watcher.cancel()
+        job.cancel()

@@ -28,10 +28,10 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse, StreamingResponse
+    from fastapi.responses import FileResponse
     from starlette.exceptions import HTTPException
 
-    from chatapi import ApiError, ChatBody, CompletionBody, Job, error_response, unless_gone
+    from chatapi import ApiError, ChatBody, CompletionBody, EventStream, Job, error_response, whole_unless_gone
 except ImportError as error:
     print(f'serve.py needs FastAPI and uvicorn ({error}). Install them: pip install -r requirements-serve.txt', file=sys.stderr)
     sys.exit(2)
@@ -174,10 +174,8 @@ def make_app(config, models, worker):
             return error_response(f'all {config.batch_size} places are taken, and {len(served.batch.waiting)} requests wait already. '
                                   'Try again in a moment.', 429, code='queue_full', **{'Retry-After': '1'})
         if body.stream:
-            with_usage = bool((body.stream_options or {}).get('include_usage'))
-            return StreamingResponse(job.stream(with_usage), media_type='text/event-stream',
-                                     headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
-        return await unless_gone(http, job.whole())
+            return EventStream(job, bool((body.stream_options or {}).get('include_usage')))
+        return await whole_unless_gone(job, http)
 
     @app.get('/', include_in_schema=False)
     async def page():

@@ -1,4 +1,6 @@
 """The server from outside, as a process: OpenAI's client, bad requests, clients that go away."""
+import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -274,6 +276,32 @@ def test_a_client_that_goes_away_frees_its_place(server):
     wait_until(lambda: server.health()['writing'] == 1)
     connection.close()
     wait_until(lambda: server.health()['writing'] == 0, 2)
+
+
+def test_one_that_went_before_the_first_word_frees_its_place_too():
+    from chatapi import EventStream
+
+    class Job:
+        cancelled = False
+
+        async def stream(self, with_usage):
+            await asyncio.sleep(3600)
+            yield ''
+
+        def cancel(self):
+            self.cancelled = True
+
+    async def gone():
+        return {'type': 'http.disconnect'}
+
+    async def broken(message):
+        raise OSError
+    for send in (broken, lambda message: asyncio.sleep(0)):
+        for version in ('2.3', '2.4'):
+            job = Job()
+            with contextlib.suppress(Exception):
+                asyncio.run(asyncio.wait_for(EventStream(job, False)({'type': 'http', 'asgi': {'spec_version': version}}, gone, send), 0.5))
+            assert job.cancelled
 
 
 def test_limits_of_queue_and_time(models):
