@@ -7,7 +7,7 @@ BIN = .venv/bin
 export TOKENIZERS_PARALLELISM = false
 
 demo: .venv/demo
-	$(BIN)/python data/capitals/demo.py
+	$(BIN)/python demo/run.py
 
 chat: .venv/serve
 	$(BIN)/python serve.py --init_from=out/capitals --compare=out/capitals-untrained --temperature=0

@@ -18,17 +18,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
-import conversation
-import tokenfile
+from core import conversation
+from core import tokenfile
 from configurator import UserError
-from conversation import Turn
+from core.conversation import Turn
 from data.report import document
-from decoding import DTYPES, generate, prepare
-from kernels import keep_freed_memory
+from core.generate import DTYPES, generate, prepare
+from core.kernels import keep_freed_memory
 from model import pick_device
-from progress import Bar
+from core.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def form(answers, tokenizer):
 
 def quiz_questions(config):
     """The quiz of data/capitals, or a part of it drawn by seed: dicts, see its prepare.py."""
-    from data.capitals import prepare as capitals
+    from demo import prepare as capitals
     questions = capitals.quiz(capitals.Config())
     if config.quiz_size and config.quiz_size < len(questions):
         chosen = np.random.default_rng(config.seed).choice(len(questions), config.quiz_size, replace=False)

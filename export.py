@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import safetensors.torch  # comes with transformers
 import torch
 
-import card
-import checkpoint
+from formats import card
+from core import checkpoint
 import configurator
-import conversation
-from chat_template import chat_template, tokenizer_json
-from claim import claimed
+from core import conversation
+from formats.chat_template import chat_template, tokenizer_json
+from core.claim import claimed
 from configurator import UserError
-from conversation import TEMPLATES
+from core.conversation import TEMPLATES
 from model import TRANSPOSED, to_transformers
-from tokenizer import END_OF_TEXT
+from core.tokenizer import END_OF_TEXT
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json',

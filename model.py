@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from kernels import LinearCrossEntropy
+from core.kernels import LinearCrossEntropy
 
 VOCAB_MULTIPLE = 128  # of rows in the embedding: what matrix units like
 GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}  # transformers' names for them, and torch's

@@ -11,13 +11,13 @@ import codecs
 import sys
 from dataclasses import dataclass
 
-import checkpoint
+from core import checkpoint
 import configurator
-import conversation
+from core import conversation
 from configurator import UserError
-from conversation import Turn
-from decoding import DTYPES, generate, prepare
-from kernels import keep_freed_memory
+from core.conversation import Turn
+from core.generate import DTYPES, generate, prepare
+from core.kernels import keep_freed_memory
 from model import pick_device
 
 

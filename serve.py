@@ -15,13 +15,13 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import checkpoint
+from core import checkpoint
 import configurator
-import conversation
-from batching import Batch, Full, Worker
+from core import conversation
+from web.batching import Batch, Full, Worker
 from configurator import REPOSITORY, UserError
-from decoding import DTYPES, prepare
-from kernels import keep_freed_memory
+from core.generate import DTYPES, prepare
+from core.kernels import keep_freed_memory
 from model import pick_device
 
 try:
@@ -31,7 +31,7 @@ try:
     from fastapi.responses import FileResponse
     from starlette.exceptions import HTTPException
 
-    from chatapi import ApiError, ChatBody, CompletionBody, EventStream, Job, error_response, whole_unless_gone
+    from web.api import ApiError, ChatBody, CompletionBody, EventStream, Job, error_response, whole_unless_gone
 except ImportError as error:
     print(f'serve.py needs FastAPI and uvicorn ({error}). Install them: pip install -r requirements-serve.txt', file=sys.stderr)
     sys.exit(2)
@@ -179,7 +179,7 @@ def make_app(config, models, worker):
 
     @app.get('/', include_in_schema=False)
     async def page():
-        return FileResponse(os.path.join(REPOSITORY, 'chat.html'), headers={'Content-Security-Policy': CSP, 'Cache-Control': 'no-cache'})
+        return FileResponse(os.path.join(REPOSITORY, 'web', 'chat.html'), headers={'Content-Security-Policy': CSP, 'Cache-Control': 'no-cache'})
 
     @app.get('/health')
     async def health():

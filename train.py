@@ -17,17 +17,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
-import runlog
-import tokenfile
-import tokenizer as tokenizers
-from claim import claimed
+from core import runlog
+from core import tokenfile
+from core import tokenizer as tokenizers
+from core.claim import claimed
 from configurator import UserError
-from conversation import TEMPLATES
-from kernels import keep_freed_memory
+from core.conversation import TEMPLATES
+from core.kernels import keep_freed_memory
 from model import GPT, GPTConfig, autocast, pick_dtype
-from processes import StopRequest, processes
+from core.processes import StopRequest, processes
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ def make_player(config):
     n_layer, n_head, n_embd = SHAPES[config.shape]
     torch.manual_seed(0)
     if kind == 'ours':
-        import decoding
-        import kernels
+        from core import generate as decoding
+        from core import kernels
         from model import GPT, GPTConfig
         kernels.keep_freed_memory()
         model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))

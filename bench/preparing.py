@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import contest  # also finds the repository's modules
 
 import configurator
-import conversation
-import tokenizer
+from core import conversation
+from core import tokenizer
 from configurator import REPOSITORY
 
 THEIRS = """
@@ -30,7 +30,7 @@ from datasets import load_dataset
 
 source, target, workers, repository = sys.argv[1:]
 sys.path.insert(0, repository)
-from tokenizer import END_OF_TEXT, TAGS
+from core.tokenizer import END_OF_TEXT, TAGS
 gpt2 = tiktoken.get_encoding('gpt2')
 encoding = tiktoken.Encoding('gpt2-tags', pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
                              special_tokens={piece: 50256 + i for i, piece in enumerate((END_OF_TEXT, *TAGS))})

@@ -14,7 +14,7 @@ import contest  # also finds the repository's modules
 import numpy as np
 
 import configurator
-import tokenfile
+from core import tokenfile
 import training
 
 

@@ -24,10 +24,10 @@ import contest  # also finds the repository's modules
 import requests
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
 import export
-import tokenizer
+from core import tokenizer
 from configurator import REPOSITORY
 from model import GPT, GPTConfig
 from training import SHAPES

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import contest  # also finds the repository's modules
 
 import configurator
-import tokenizer
-from chat_template import merges as merges_of
+from core import tokenizer
+from formats.chat_template import merges as merges_of
 from configurator import REPOSITORY
 from training import SHAPES
 

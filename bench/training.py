@@ -20,7 +20,7 @@ import contest  # also finds the repository's modules
 import torch
 
 import configurator
-import tokenfile
+from core import tokenfile
 
 WARM_UP = 4  # steps before the first round, for everybody
 SHAPES = {'distilgpt2': (6, 12, 768), 'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024)}
@@ -58,8 +58,8 @@ def synchronize(config):
 
 def play_ours(stage, config):
     """train.Trainer, as train.py uses it."""
-    import kernels
-    import processes
+    from core import kernels
+    from core import processes
     import train
     kernels.keep_freed_memory()
     n_layer, n_head, n_embd = SHAPES[config.shape]

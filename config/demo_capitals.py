@@ -1,12 +1,13 @@
 """The demo: a small GPT from scratch that knows the world's capitals, on two CPU cores, in minutes.
 
-    python data/capitals/prepare.py
+    python demo/prepare.py
     python train.py config/demo_capitals.py
     python sample.py --out_dir=out/capitals --user="What's the capital of France?"
 """
 out_dir = 'out/capitals'
 init_from = 'scratch'
-dataset = 'capitals'
+data_dir = '.'
+dataset = 'demo'
 
 # 0.5 M parameters (with the embedding of 1,543 tokens). Variety of wording decides, not size: a larger model is slower and no better.
 n_layer = 3

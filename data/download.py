@@ -9,9 +9,9 @@ import time
 
 import requests
 
-from claim import claimed
+from core.claim import claimed
 from configurator import UserError
-from progress import Bar
+from core.progress import Bar
 
 BLOCK = 1 << 14  # bytes that are written at a time: what an incomplete one held is lost when a connection breaks
 ATTEMPTS, PAUSE_S = 5, 1.0  # waits of 1, 2, 4 and 8 seconds between the attempts

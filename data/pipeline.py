@@ -23,10 +23,10 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-import conversation
-import tokenfile
+from core import conversation
+from core import tokenfile
 from configurator import UserError
-from progress import Bar
+from core.progress import Bar
 
 BLOCK = 1 << 20  # bytes of source that a worker gets at a time
 LONGEST_LINE = 16 << 20  # bytes; a longer line counts as broken: of [],[],… 16 MiB are half a GB in memory

@@ -16,8 +16,8 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import configurator
-import tokenfile
-import tokenizer as tokenizers
+from core import tokenfile
+from core import tokenizer as tokenizers
 from configurator import UserError
 
 SHOWN = 20  # conversations

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 
-PAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'chat.html')
+PAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'web', 'chat.html')
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync']

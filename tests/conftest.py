@@ -16,7 +16,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(SHARED, 'tiktoken'))
 
-import tokenizer
+from core import tokenizer
 
 TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.', 'What is the capital of Japan?',
          "It's one of 12 words; they're done.\n\n    print('hello')\n", 'Grüße! Привет. こんにちは 🙂 <user>']

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-import conversation
-import tokenfile
+from core import conversation
+from core import tokenfile
 from configurator import UserError
 from conftest import ROOT, SHARED
 from data import download

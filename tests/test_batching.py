@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from batching import PIECE, Batch, Full, Request, Worker
-from decoding import KVCache, generate, prepare
+from web.batching import PIECE, Batch, Full, Request, Worker
+from core.generate import KVCache, generate, prepare
 from model import GPT, GPTConfig
 
 

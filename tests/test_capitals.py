@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-import conversation
-import tokenfile
-import tokenizer
-from data.capitals import prepare
+from core import conversation
+from core import tokenfile
+from core import tokenizer
+from demo import prepare
 
 CONFIG = prepare.Config(rounds=3)
 

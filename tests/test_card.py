@@ -7,14 +7,14 @@ import pytest
 pytest.importorskip('hypothesis', reason='hypothesis is not installed: pip install -r requirements-test.txt')
 from hypothesis import given, settings, strategies as st
 
-import card
-import checkpoint
+from formats import card
+from core import checkpoint
 import evaluate
-import tokenfile
-import tokenizer as tokenizers
+from core import tokenfile
+from core import tokenizer as tokenizers
 import train
 from configurator import UserError
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 
 huggingface_hub = pytest.importorskip('huggingface_hub')
 OASST = {'name': 'oasst2', 'url': 'https://huggingface.co/datasets/OpenAssistant/oasst2/resolve/abc/2023-11-05_oasst2_ready.trees.jsonl.gz',

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import tokenfile
-import tokenizer
+from core import checkpoint
+from core import tokenfile
+from core import tokenizer
 from configurator import UserError
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from core.tokenizer import Tokenizer
 
 TOKENS = [bytes([b]) for b in range(256)] + [b'ab', b'abc']
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from claim import claimed
+from core.claim import claimed
 from configurator import UserError
 from conftest import ROOT
 

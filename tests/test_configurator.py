@@ -201,7 +201,7 @@ SCRIPTS = sorted(path for path in glob.glob('**/*.py', root_dir=REPOSITORY, recu
 
 def test_every_key_of_every_script_has_a_meaning(monkeypatch, capsys):
     """Each script's --help: exit code 0, its docstring, every key with its default and a line of its own."""
-    assert {'train.py', 'sample.py', 'evaluate.py', 'data/oasst/prepare.py', 'data/capitals/demo.py', 'bench/training.py'} <= set(SCRIPTS)
+    assert {'train.py', 'sample.py', 'evaluate.py', 'data/oasst/prepare.py', 'demo/demo.py', 'bench/training.py'} <= set(SCRIPTS)
     missing = []
     for path in SCRIPTS:
         monkeypatch.syspath_prepend(os.path.dirname(os.path.join(REPOSITORY, path)))

@@ -4,9 +4,9 @@ import random
 import numpy as np
 import pytest
 
-import conversation
-from conversation import TEMPLATES, Turn, decode, encode, from_text, prompt, to_text
-from tokenizer import END_OF_TEXT, TAGS, Tokenizer
+from core import conversation
+from core.conversation import TEMPLATES, Turn, decode, encode, from_text, prompt, to_text
+from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
 
 BYTES = Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)  # an id is a byte: goldens can be read
 EOT, CONVERSATION, END_CONVERSATION, USER, END_USER, ASSISTANT, END_ASSISTANT = range(256, 263)

@@ -7,14 +7,14 @@ import re
 import pytest
 import torch
 
-import checkpoint
+from core import checkpoint
 import evaluate
-import tokenfile
+from core import tokenfile
 from configurator import UserError
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 from evaluate import Answer
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from core.tokenizer import Tokenizer
 
 TOKENS = [bytes([b]) for b in range(256)]
 BYTES = Tokenizer('bytes', TOKENS, tags=True)

@@ -10,19 +10,19 @@ pytest.importorskip('hypothesis', reason='hypothesis is not installed: pip insta
 from hypothesis import given, settings, strategies as st
 from jinja2.exceptions import TemplateError
 
-import chat_template
-import checkpoint
-import conversation
+from formats import chat_template
+from core import checkpoint
+from core import conversation
 import evaluate
 import export
 import sample
-import tokenfile
-import tokenizer as tokenizers
+from core import tokenfile
+from core import tokenizer as tokenizers
 import train
 from configurator import UserError
-from conversation import TEMPLATES, Turn
+from core.conversation import TEMPLATES, Turn
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, TAGS
+from core.tokenizer import END_OF_TEXT, TAGS
 from conftest import TEXTS
 
 transformers = pytest.importorskip('transformers')

@@ -1,10 +1,10 @@
-"""The fuzzer's targets on a few hundred inputs each, drawn without it; reliability/fuzz.py is the long form."""
+"""The fuzzer's targets on a few hundred inputs each, drawn without it; tests/stress/fuzz.py is the long form."""
 import random
 
 import pytest
 
-from reliability import fuzz
-from reliability.targets import Choices, change_bytes
+from stress import fuzz
+from stress.targets import Choices, change_bytes
 
 N = 400
 

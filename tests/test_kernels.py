@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import decoding
-import kernels
-import tokenfile
+from core import generate as decoding
+from core import kernels
+from core import tokenfile
 from configurator import REPOSITORY, UserError
-from kernels import Int8Linear, LinearCrossEntropy, PackedLinear
+from core.kernels import Int8Linear, LinearCrossEntropy, PackedLinear
 from model import autocast
 from test_model import Conversations, tiny
 

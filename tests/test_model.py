@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import tokenfile
+from core import tokenfile
 from configurator import UserError
-from decoding import choose, generate
+from core.generate import choose, generate
 from model import GPT, GPTConfig, DocumentAttention, from_transformers, to_transformers
 
 TINY = dict(n_layer=2, n_head=4, n_embd=64, block_size=48, vocab_size=211)
@@ -56,7 +56,7 @@ def transformers_model(shape):
 
 @pytest.mark.parametrize('name', SHAPES)
 def test_logits_equal_those_of_transformers(name, tmp_path):
-    import checkpoint
+    from core import checkpoint
     theirs = transformers_model(SHAPES[name])
     theirs.save_pretrained(tmp_path)
     if name == 'DialoGPT':  # its published file: pytorch_model.bin, the tied head and the masks saved too

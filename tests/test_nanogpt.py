@@ -5,15 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from core import checkpoint
 import train
 from configurator import UserError
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 from model import from_transformers, to_transformers
 from test_checkpoint import Payload
 from test_train import flags
-from tokenfile import Writer
-from tokenizer import Tokenizer
+from core.tokenfile import Writer
+from core.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-import conversation
-import tokenfile
-import tokenizer
+from core import conversation
+from core import tokenfile
+from core import tokenizer
 from configurator import UserError
-from conversation import Turn
+from core.conversation import Turn
 from data import pipeline
 from data.oasst import prepare
 from conftest import ROOT

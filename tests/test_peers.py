@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import conversation
+from core import checkpoint
+from core import conversation
 import evaluate
 import export
-import tokenizer as tokenizers
-from conversation import Turn
+from core import tokenizer as tokenizers
+from core.conversation import Turn
 from test_export import FRANCE, exported, make
 
 transformers = pytest.importorskip('transformers')

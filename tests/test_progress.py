@@ -7,10 +7,10 @@ import sys
 import pytest
 
 import evaluate
-import progress
-import runlog
+from core import progress
+from core import runlog
 import train
-from conversation import Turn
+from core.conversation import Turn
 from data import pipeline
 from test_evaluate import model_folder
 from test_train import data, flags, run  # noqa: F401  (data is a fixture)

@@ -4,13 +4,13 @@ import pytest
 pytest.importorskip('hypothesis', reason='hypothesis is not installed: pip install -r requirements-test.txt')
 from hypothesis import assume, example, given, settings, strategies as st
 
-import checkpoint
-import conversation
+from core import checkpoint
+from core import conversation
 import sample
 from configurator import UserError
-from conversation import TEMPLATES, Turn
+from core.conversation import TEMPLATES, Turn
 from model import GPT, GPTConfig
-from tokenizer import END_OF_TEXT, TAGS, Tokenizer
+from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
 
 BPE = Tokenizer('small', [bytes([b]) for b in range(256)] + [b'user', b'</', b'<|', b'assistant', b' t', b'\n\n', b'text', b'\xd7\xa9'], tags=True)
 PIECES = [*TAGS, END_OF_TEXT, '<\\user>', '<\\\\/user>', '\\', '<', '>', '### Response:', '### Input:\n', '\n\n', 'Question: ', '\nAnswer:', ' ', '\0',

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-import tokenfile
+from core import tokenfile
 from configurator import UserError
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 from data import report
 from data.alpaca import prepare as alpaca
 from data.oasst import prepare as oasst

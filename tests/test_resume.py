@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import runlog
-import tokenfile
-import tokenizer
+from core import checkpoint
+from core import runlog
+from core import tokenfile
+from core import tokenizer
 import train
-from claim import claimed
+from core.claim import claimed
 from configurator import UserError
 from conftest import ROOT
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 from test_train import assert_same_bits, data, flags, log_of, run  # noqa: F401  (data is a fixture)
 
 SMALL = dict(max_iters=12, lr_decay_iters=12, eval_interval=3)  # 27 rows in steps of 4: the first epoch ends in step 7

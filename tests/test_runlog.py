@@ -10,7 +10,7 @@ import types
 import pytest
 
 import configurator
-import runlog
+from core import runlog
 import train
 from configurator import UserError
 from test_train import data, flags, run  # noqa: F401  (data is a fixture)

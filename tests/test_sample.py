@@ -5,13 +5,13 @@ import os
 import pytest
 import torch
 
-import checkpoint
-import conversation
+from core import checkpoint
+from core import conversation
 import sample
 from configurator import UserError
-from conversation import Turn
+from core.conversation import Turn
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from core.tokenizer import Tokenizer
 
 TOKENS = [bytes([b]) for b in range(256)]
 
@@ -165,7 +165,7 @@ def test_an_untuned_model_has_no_template_until_one_is_chosen(tmp_path, capsys):
     bpe = Tokenizer('bytes', TOKENS, tags=False)
     import json
 
-    import tokenizer
+    from core import tokenizer
     vocab = {tokenizer.to_unicode(token): i for i, token in enumerate(bpe.tokens)}
     (tmp_path / 'tokenizer.json').write_text(json.dumps({'model': {'vocab': vocab, 'merges': []}}))
     with pytest.raises(UserError, match='has no template of its own'):

@@ -18,13 +18,13 @@ import requests
 import torch
 
 import chat_page
-import checkpoint
-import conversation
+from core import checkpoint
+from core import conversation
 from conftest import ROOT
-from conversation import Turn
-from decoding import generate
+from core.conversation import Turn
+from core.generate import generate
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from core.tokenizer import Tokenizer
 
 pytest.importorskip('fastapi', reason='serve.py needs requirements-serve.txt')
 pytest.importorskip('uvicorn', reason='serve.py needs requirements-serve.txt')
@@ -182,7 +182,7 @@ def test_a_stop_string_ends_the_answer_before_it(server):
 
 
 def test_a_character_of_several_tokens_comes_whole():
-    from chatapi import Answer
+    from web.api import Answer
     answer = Answer(lambda ids: conversation.answer_text(ids, BYTES, 'plain'), ['END'])
     answer.request = type('Request', (), {'written': [], 'cancelled': False})()
     pieces = []
@@ -279,7 +279,7 @@ def test_a_client_that_goes_away_frees_its_place(server):
 
 
 def test_one_that_went_before_the_first_word_frees_its_place_too():
-    from chatapi import EventStream
+    from web.api import EventStream
 
     class Job:
         cancelled = False

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-import tokenfile
+from core import tokenfile
 from configurator import UserError
-from tokenfile import Rows, Split, Writer, make_batch, pack
+from core.tokenfile import Rows, Split, Writer, make_batch, pack
 from conftest import ROOT
 
 META = {'template': 'xml', 'tokenizer': {'name': 'gpt2', 'sha256': 'abc'}}

@@ -10,9 +10,9 @@ import pytest
 import tiktoken
 import tokenizers
 
-import tokenizer
+from core import tokenizer
 from configurator import UserError
-from tokenizer import END_OF_TEXT, TAGS
+from core.tokenizer import END_OF_TEXT, TAGS
 from conftest import ROOT, TEXTS
 
 SPECIAL = (END_OF_TEXT, '<conversation>', '</conversation>', '<user>', '</user>', '<assistant>', '</assistant>')

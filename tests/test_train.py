@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
-import tokenfile
-import tokenizer
+from core import tokenfile
+from core import tokenizer
 import train
 from configurator import UserError
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WORDS = 'red green blue one two three sun moon star what is the of and a river mountain sea'.split()

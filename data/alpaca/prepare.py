@@ -27,9 +27,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
-import tokenizer
+from core import tokenizer
 from configurator import UserError
-from conversation import Turn
+from core.conversation import Turn
 from data import download, pipeline, report
 from data.pipeline import Unit
 

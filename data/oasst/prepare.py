@@ -22,12 +22,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
-import tokenizer
+from core import tokenizer
 from configurator import UserError
-from conversation import Turn
+from core.conversation import Turn
 from data import download, pipeline, report
 from data.pipeline import Unit
-from progress import Bar
+from core.progress import Bar
 
 SOURCES = {
     'oasst2': {'repository': 'OpenAssistant/oasst2', 'revision': '179dd21fc55192153d94adb0e0ce8f69e222bf75',

@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from tokenizer import END_OF_TEXT, TAGS
+from core.tokenizer import END_OF_TEXT, TAGS
 
 ROLES = ('user', 'assistant')
 

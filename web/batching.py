@@ -18,7 +18,7 @@ from typing import Callable
 
 import torch
 
-from decoding import KVCache, choose
+from core.generate import KVCache, choose
 
 PIECE = 128  # tokens of prompts read between two steps of others
 GROWTH = 256  # positions by which the store of keys and values grows

@@ -1,7 +1,7 @@
 """Clients of serve.py that come together, stop reading, time out and go away; after them every place is free.
 
     pip install -r requirements-serve.txt
-    python reliability/clients.py --requests=600
+    python tests/stress/clients.py --requests=600
 """
 import os
 import random
@@ -14,16 +14,16 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import requests
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
 from configurator import REPOSITORY, UserError
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from core.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

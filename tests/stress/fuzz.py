@@ -1,9 +1,9 @@
 """Fuzz what reads other people's bytes, guided by the coverage of our own lines.
 
     pip install -r requirements-fuzz.txt
-    python reliability/fuzz.py --target=oasst --inputs=100000
-    python reliability/fuzz.py --target=all --inputs=1000000      # shared out; about an hour on one core
-    python reliability/fuzz.py --target=oasst --replay=out/fuzz/oasst/crash-…
+    python tests/stress/fuzz.py --target=oasst --inputs=100000
+    python tests/stress/fuzz.py --target=all --inputs=1000000      # shared out; about an hour on one core
+    python tests/stress/fuzz.py --target=oasst --replay=out/fuzz/oasst/crash-…
 
 What must hold stands in targets.py and readers.py. A finding ends the run with exit code 1, and its input
 is kept in out_dir. atheris: https://github.com/google/atheris, libFuzzer for Python.
@@ -15,8 +15,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.join(ROOT, "tests"))
 
 import configurator
 from configurator import UserError
@@ -48,7 +49,7 @@ class Config:
 
 def make(name):
     """The target of this name."""
-    from reliability import readers, targets
+    from stress import readers, targets
     return {'conversation': targets.Conversation, 'configurator': targets.Configurator, 'oasst': targets.Oasst, 'alpaca': targets.Alpaca,
             'tokenizer': readers.Vocabulary, 'tokenfile': readers.TokenFile, 'checkpoint': readers.Checkpoint}[name]()
 

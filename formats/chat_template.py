@@ -8,8 +8,8 @@ Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 from itertools import takewhile
 
 from configurator import UserError
-from conversation import HEADINGS, TEMPLATES, Special, Turn
-from tokenizer import to_unicode
+from core.conversation import HEADINGS, TEMPLATES, Special, Turn
+from core.tokenizer import to_unicode
 
 # Two characters that Unicode keeps for such inner use; a message that has one is refused. Written by the chat
 # template, taken out by tokenizer.json. BREAK: inside a tag that somebody typed, so that it is no tag. JOINT:

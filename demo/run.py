@@ -1,6 +1,6 @@
 """The demo: prepare, train a small GPT from scratch, question it, and an untrained one beside it.
 
-    python data/capitals/demo.py
+    python demo/run.py
 
 Asked are wordings that no training example has. An answer is exact where it is the expected
 sentence, character for character, and ended by itself.
@@ -13,15 +13,15 @@ import time
 from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
+ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 
-import checkpoint
+from core import checkpoint
 import configurator
 import evaluate
-import runlog
+from core import runlog
 from configurator import UserError
-from data.capitals import prepare
+from demo import prepare
 
 UNTRAINED, TRAINED = 'out/capitals-untrained', 'out/capitals'
 
@@ -76,7 +76,7 @@ def side_by_side(questions, untrained, trained):
 def main(argv):
     """The script."""
     configurator.load(Config, argv)
-    run('data/capitals/prepare.py')
+    run('demo/prepare.py')
     run('train.py', 'config/demo_capitals.py', f'--out_dir={UNTRAINED}', '--max_iters=0', '--overwrite=True')
     seconds = run('train.py', 'config/demo_capitals.py', f'--out_dir={TRAINED}', '--overwrite=True')
     questions = prepare.quiz()

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from claim import claimed
+from core.claim import claimed
 from configurator import REPOSITORY, UserError
-from progress import Bar
+from core.progress import Bar
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}

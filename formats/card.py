@@ -14,13 +14,13 @@ import re
 import shlex
 import textwrap
 
-import conversation
+from core import conversation
 import evaluate
-import runlog
-from checkpoint import HUB_NAMES
+from core import runlog
+from core.checkpoint import HUB_NAMES
 from configurator import UserError
-from conversation import Turn
-from tokenizer import GPT2_SHA256
+from core.conversation import Turn
+from core.tokenizer import GPT2_SHA256
 
 LICENCES = ('apache-2.0', 'mit', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc0-1.0')  # the hub's names for them
 OWNERS = {'distilgpt2': 'distilbert/'} | {name: 'openai-community/' for name in HUB_NAMES if name.startswith('gpt2')}

@@ -1,6 +1,6 @@
 """The targets that read what this repository has written, or a stranger: checkpoints, token files, vocabularies.
 
-    python -c "from reliability import readers; readers.Checkpoint().check(b'\\x00PK')"
+    python -c "from stress import readers; readers.Checkpoint().check(b'\\x00PK')"
 """
 import io
 import json
@@ -9,17 +9,17 @@ import zipfile
 import numpy as np
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
-import tokenfile
-import tokenizer as tokenizers
+from core import tokenfile
+from core import tokenizer as tokenizers
 import train
 from configurator import UserError
-from conversation import TEMPLATES, Turn, encode
-from decoding import generate
+from core.conversation import TEMPLATES, Turn, encode
+from core.generate import generate
 from model import GPT, GPTConfig
-from reliability.targets import TOKENS, Target, change_bytes, spoil
-from tokenizer import Tokenizer
+from stress.targets import TOKENS, Target, change_bytes, spoil
+from core.tokenizer import Tokenizer
 
 
 class Checkpoint(Target):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from kernels import Int8Linear, PackedLinear
+from core.kernels import Int8Linear, PackedLinear
 from model import pick_dtype
-from progress import Bar
+from core.progress import Bar
 
 DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8')  # of the weights
 

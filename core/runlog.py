@@ -16,7 +16,7 @@ from importlib import util
 
 import configurator
 from configurator import UserError
-from progress import Bar
+from core.progress import Bar
 
 COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s', 'seconds')
 

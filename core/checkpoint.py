@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import tokenizer as tokenizers
+from core import tokenizer as tokenizers
 from configurator import UserError
-from conversation import TEMPLATES
+from core.conversation import TEMPLATES
 from model import VOCAB_MULTIPLE, GPT, GPTConfig, from_transformers
-from progress import Bar
+from core.progress import Bar
 
 FORMAT_VERSION = 1
 KEYS = {'format_version': int, 'model': dict, 'model_args': dict, 'template': str, 'tokenizer': dict, 'config': dict,

@@ -1,7 +1,7 @@
 """Countries and their capitals -> conversations in the form of OASST's trees -> token files.
 
-    python data/capitals/prepare.py                  # writes trees.jsonl, quiz.jsonl, tokenizer.json, .bin
-    python data/capitals/prepare.py --stdout | head  # the conversations as text, to look at
+    python demo/prepare.py                  # writes trees.jsonl, quiz.jsonl, tokenizer.json, .bin
+    python demo/prepare.py --stdout | head  # the conversations as text, to look at
 
 Each country is asked for by its capital and each capital by its country, in many wordings, made of
 remarks, sentences, fillers and slips of the keyboard. What is never learned: the wordings of VAL (the
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+sys.path.insert(0, os.path.dirname(HERE))
 
 import configurator
-import tokenizer
-from claim import claimed
+from core import tokenizer
+from core.claim import claimed
 from data import pipeline
 from data.oasst import prepare as oasst
 

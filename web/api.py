@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-import conversation
-from batching import Request
+from core import conversation
+from web.batching import Request
 
 
 class ApiError(Exception):

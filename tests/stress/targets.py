@@ -1,6 +1,6 @@
 """What is fuzzed, and what must hold: each target takes any bytes, and raises only where a promise is broken.
 
-    python -c "from reliability import targets; targets.Oasst().check(b'\\x00{}')"
+    python -c "from stress import targets; targets.Oasst().check(b'\\x00{}')"
 
 The first bytes choose what is made (a file as it stands, records that are nearly right, a whole file
 with some bytes changed, a gzip of one …), the others what is in it; so a fuzzer that follows the
@@ -15,22 +15,22 @@ import shutil
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import checkpoint
+from core import checkpoint
 import configurator
-import conversation
+from core import conversation
 import sample
-import tokenfile
-import tokenizer as tokenizers
+from core import tokenfile
+from core import tokenizer as tokenizers
 import train
 from configurator import UserError
-from conversation import TEMPLATES, Turn
+from core.conversation import TEMPLATES, Turn
 from data import pipeline
 from data.alpaca import prepare as alpaca
 from data.oasst import prepare as oasst
 from model import GPTConfig
-from tokenizer import END_OF_TEXT, TAGS, Tokenizer
+from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
 
 TOKENS = [bytes([b]) for b in range(256)] + [b'ab', b'er', b' t', b' the', b'\n\n', b'us', b'user', b'<|', b'\xc3\xa9']
 NASTY = ['', ' ', '\n', '\t \r\n', *TAGS, END_OF_TEXT, '</user', '<\\user>', '<\\\\/assistant>', '\\', '<', '>', 'user>', '\0', '🙂', '👩‍👩‍👧',

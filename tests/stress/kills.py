@@ -1,7 +1,7 @@
 """Kill a real training run again and again, resume it each time, and look for anything lost.
 
-    python reliability/kills.py                   # 200 kills, some minutes on one core
-    python reliability/kills.py --processes=2     # two processes with gloo: one of them dies, or both
+    python tests/stress/kills.py                   # 200 kills, some minutes on one core
+    python tests/stress/kills.py --processes=2     # two processes with gloo: one of them dies, or both
 
 A run of train.py, tiny but whole (dropout, several epochs, evaluations, best.pt, ckpt.pt, keep=2), is first
 left undisturbed. Then it is killed with SIGKILL at instants of four kinds: any; while a file is being
@@ -23,21 +23,21 @@ from collections import Counter
 from dataclasses import dataclass
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot  # noqa: F401  (here, so that no child must import it)
 import torch
 
-import checkpoint
+from core import checkpoint
 import configurator
-import runlog
-import tokenfile
-import tokenizer
+from core import runlog
+from core import tokenfile
+from core import tokenizer
 import train
 from configurator import UserError
-from conversation import Turn, encode
+from core.conversation import Turn, encode
 
 KINDS = ('any', 'writing', 'operation', 'stopping')
 OPERATIONS = ('open', 'os.rename', 'os.link', 'os.remove')  # as Python's audit hooks name them

@@ -1,0 +1,1 @@
+"""What the scripts share. Imports model.py and configurator.py, and nothing else of ours."""

@@ -1,0 +1,1 @@
+"""From a source to token files: one prepare.py for each kind of source."""

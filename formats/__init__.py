@@ -1,0 +1,1 @@
+"""What only export.py and foreign checkpoints need."""

@@ -1,0 +1,1 @@
+"""Attacks on the promises: kills, fuzzing, clients that go away."""

@@ -1,0 +1,1 @@
+"""What only serve.py needs: batching, the API, the page."""
