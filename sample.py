@@ -1,189 +1,189 @@
-"""Ask a model: a prompt in, text out.
+"""Generate text from a model.
 
-    python sample.py --init_from=resume --out_dir=out/oasst --user="What's the capital of France?"
+    python sample.py --init_from=resume --user="What's the capital of France?"
     python sample.py --init_from=resume --chat
-    python sample.py --init_from=gpt2-medium --start="What's the capital of France?" --num_samples=3
+    python sample.py --init_from=gpt2-medium --start="What's the capital of France?"
 
---user and --chat write the checkpoint's own template around what you say, and take it as plain text.
---start is given to the model as it stands; tags and <|endoftext|> that you write in it count as such.
+--user and --chat put what you say into the model's own template, as plain text. --start goes to the
+model as it is: tags and <|endoftext|> in it count as such.
 """
-import codecs
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
-from core import checkpoint
 import configurator
-from core import conversation
-from configurator import UserError
-from core.conversation import Turn
-from core.generate import DTYPES, generate, prepare
-from core.kernels import keep_freed_memory
-from model import pick_device
+from configurator import Count, Natural, NonNegative, Seed, UserError
+from core import checkpoint, conversation
+from core.conversation import TEMPLATES, AnswerText, Turn
+from core.decoding_weights import prepare
+from core.device import keep_freed_memory, pick_device
+from core.files import reading
+from core.generate import generate
 
 
 @dataclass(frozen=True)
 class Config:
     # which model
-    init_from: str = 'resume'  # resume (a checkpoint in out_dir), a hub name, or a folder: a checkpoint's, nanoGPT's or transformers'
-    out_dir: str = 'out'       # where the checkpoint is
-    which: str = 'best'        # best: by val_loss, where there is one; last: as training left it
+    init_from: str = 'resume'  # resume (the run saved last under out_dir), a folder, or a hub name
+    out_dir: str = 'out'       # where runs are
+    which: Literal['best', 'last'] = 'best'  # checkpoint: lowest val_loss, or last of the run
     # what to say: one of these three
-    start: str = ''            # raw text; FILE:name reads a file, - standard input
+    start: str = ''            # raw text; FILE:name reads a file
     user: str = ''             # a question, put into the template
     chat: bool = False         # several turns, remembered while they fit the window
-    template: str = ''         # xml, alpaca, plain or dialogpt; '' is the checkpoint's own
+    template: Literal['', *TEMPLATES] = ''  # '' is the checkpoint's own
     # how to choose tokens
-    num_samples: int = 1       # answers to the same prompt, in one batch
-    max_new_tokens: int = 256  # the longest answer
-    temperature: float = 0.8   # 0 always takes the likeliest token
-    top_k: int = 200           # of so many tokens at most; 0 of all
-    top_p: float = 1.0         # of the likeliest that have this much probability together
-    trim: str = ''             # sentence: cut the answer after its last full stop, if it has one
-    seed: int = 1337           # the same seed gives the same text
+    num_samples: Count = 1     # answers to the same prompt
+    max_new_tokens: Count = 256  # the longest answer
+    temperature: NonNegative = 0.8  # 0 always takes the likeliest token
+    top_k: Natural = 200       # keep the k most likely tokens; 0 keeps all
+    top_p: NonNegative = 1.0   # keep the most likely tokens that together have this probability
+    trim: Literal['', 'sentence'] = ''  # cut the answer after its last full stop
+    seed: Seed = 1337          # the same seed gives the same text
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
-    dtype: str = 'auto'        # of the weights: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16, int8
-    compile: bool = False      # with --dtype=int8: a faster kernel for one answer at a time; needs a C++ compiler
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
+    compile: bool = False      # with int8: a faster kernel, which needs a C++ compiler
 
     def problems(self):
-        """What cannot work, a sentence each."""
-        if sum((bool(self.start), bool(self.user), self.chat)) != 1:
+        """Combinations that cannot work."""
+        if bool(self.start) + bool(self.user) + self.chat != 1:
             yield 'give one of --start="TEXT" (raw), --user="TEXT" (in the template) or --chat.'
-        if self.template not in ('', *conversation.TEMPLATES):
-            yield f'template={self.template!r}: expected one of {", ".join(conversation.TEMPLATES)}.'
-        if self.which not in ('best', 'last'):
-            yield f'which={self.which!r}: expected best or last.'
-        if self.num_samples < 1 or self.max_new_tokens < 1 or self.chat and self.num_samples > 1:
-            yield 'num_samples and max_new_tokens must be at least 1, and num_samples is 1 in a chat.'
-        if not 0 <= self.temperature < float('inf') or self.top_k < 0 or not 0 < self.top_p <= 1:
-            yield 'expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1.'
-        if self.dtype not in DTYPES:
-            yield f'dtype={self.dtype!r}: expected one of {", ".join(DTYPES)}.'
-        if self.trim not in ('', 'sentence'):
-            yield f'trim={self.trim!r}: expected sentence.'
-        if self.seed < 0:
-            yield f'seed={self.seed} must not be negative.'
+        if self.chat and self.num_samples > 1:
+            yield 'a chat has one answer: leave out num_samples.'
 
 
-def answers(opened, prompt, stops, config, seed, show=None):
-    """The ids of num_samples answers to a prompt (list of ids), up to what ends each, which is left out.
+class Speaker:
+    """A model, its template and the settings by which it answers."""
 
-    show(ids): called with the new ids of a single answer as they come.
-    """
-    found = [[] for _ in range(config.num_samples)]
-    for tokens in generate(opened.model, [prompt], config.max_new_tokens, config.num_samples, config.temperature,
-                           config.top_k, config.top_p, seed, stops):
-        for answer, token in zip(found, tokens):
-            if token is not None and token not in stops:
-                answer.append(token)
-                if show:
-                    show([token])
-    return found
+    def __init__(self, opened, template, config):
+        self.model = opened.model
+        self.tokenizer = opened.tokenizer
+        self.template = template  # None for raw text
+        self.config = config
+        # Raw text ends where any template's answer would.
+        self.stops = conversation.stop_ids(self.tokenizer, template or 'xml')
+
+    def encode(self, write, what):
+        """write(what), the ids of a prompt, which must leave room for an answer."""
+        try:
+            ids = [int(i) for i in write(what)]
+        except ValueError as error:
+            raise UserError(f'the prompt cannot be used: {error}.') from None
+        window = self.model.config.block_size
+        if not 0 < len(ids) <= window:
+            raise UserError(f'the prompt has {len(ids):,} tokens; expected 1 to {window:,}.')
+        return ids
+
+    def encode_turns(self, turns):
+        """The ids after which the model answers these turns."""
+        def write(turns):
+            return conversation.prompt(turns, self.tokenizer, self.template)
+        return self.encode(write, turns)
+
+    def answers(self, prompt, seed, show=None):
+        """The texts of num_samples answers. show is called with each new piece of a single one."""
+        config = self.config
+        texts = [''] * config.num_samples
+        readers = [AnswerText(self.tokenizer, self.template) for _ in texts]
+        for tokens in generate(self.model, [prompt], config.max_new_tokens, config.num_samples,
+                               config.temperature, config.top_k, config.top_p, seed, self.stops):
+            for i, token in enumerate(tokens):
+                if token is not None and token not in self.stops:
+                    new = readers[i].add([token])
+                    texts[i] += new
+                    if show:
+                        show(new)
+        for i, reader in enumerate(readers):
+            end = reader.add([], final=True)
+            texts[i] += end
+            if show:
+                show(end)
+        return texts
 
 
-def streamer(tokenizer):
-    """A function that prints ids as they come, each character once it is whole."""
-    decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-
-    def show(ids):
-        print(decoder.decode(tokenizer.decode_bytes(ids)), end='', flush=True)
-    return show
+def show(text):
+    """Print at once, without a line end."""
+    print(text, end='', flush=True)
 
 
 def read_start(start):
-    """The raw prompt: the text itself, a file's, or standard input's."""
-    if start == '-':
-        return sys.stdin.read()
+    """The raw prompt: the text itself, or that of a file."""
     if not start.startswith('FILE:'):
         return start
-    try:
+    with reading(start[5:], 'Expected a text file in UTF-8.'):
         with open(start[5:], encoding='utf-8') as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'--start={start}: {error}. Expected a text file in UTF-8.') from None
 
 
-def encode_prompt(encode, text, opened):
-    """The ids of a prompt, which must be text and leave room for an answer."""
-    try:
-        ids = [int(i) for i in encode(text)]
-    except ValueError as error:
-        raise UserError(f'the prompt cannot be used: {error}.') from None
-    window = opened.model.config.block_size
-    if not 0 < len(ids) <= window:
-        raise UserError(f'the prompt has {len(ids):,} tokens; the model reads 1 to {window:,}. '
-                        f'{"Shorten it." if ids else "Write something."}')
-    return ids
-
-
-def ask_once(config, opened, template):
+def ask_once(config, speaker):
     """--start and --user: print num_samples answers."""
-    tokenizer = opened.tokenizer
+    before = ''
     if config.user:
-        ids = encode_prompt(lambda text: conversation.prompt([Turn('user', text)], tokenizer, template),
-                            config.user, opened)
-        before, stops = '', conversation.stop_ids(tokenizer, template)
+        prompt = speaker.encode_turns([Turn('user', config.user)])
     else:
         before = read_start(config.start)
-        ids = encode_prompt(tokenizer.encode_with_tags, before, opened)
-        stops = conversation.stop_ids(tokenizer, 'xml')
-    streams = config.num_samples == 1 and not config.trim and sys.stdout.isatty()
+        prompt = speaker.encode(speaker.tokenizer.encode_with_tags, before)
+    streams = config.num_samples == 1 and not config.trim
     if streams:
-        print(before, end='', flush=True)
-    found = answers(opened, ids, stops, config, config.seed, streamer(tokenizer) if streams else None)
-    for answer in found:
-        if not streams:
-            text = conversation.answer_text(answer, tokenizer, template) if config.user else tokenizer.decode(answer)
-            if config.trim and '.' in text:
-                text = text[:text.rindex('.') + 1]
-            print(before + text, end='')
-        print('\n---------------' if config.num_samples > 1 else '')
+        show(before)
+    answers = speaker.answers(prompt, config.seed, show if streams else None)
+    if streams:
+        print()
+        return
+    for answer in answers:
+        if config.trim and '.' in answer:
+            answer = answer[:answer.rindex('.') + 1]
+        print(before + answer)
+        if len(answers) > 1:
+            print('---------------')
 
 
-def chat(config, opened, template):
-    """--chat: read turns from the terminal until it ends, and answer each."""
-    tokenizer, window = opened.tokenizer, opened.model.config.block_size
-    stops, turns, seed = conversation.stop_ids(tokenizer, template), [], config.seed
-    room = min(config.max_new_tokens, window // 2)  # kept free for the answer
+def chat(speaker):
+    """--chat: read turns from the terminal until an empty line, and answer each."""
+    window = speaker.model.config.block_size
+    room = min(speaker.config.max_new_tokens, window // 2)  # kept free for the answer
+    turns = []
+    seed = speaker.config.seed
     print('An empty line ends the chat.', file=sys.stderr)
     while True:
         try:
             text = input('you> ')
         except EOFError:
-            break
+            return
         if not text.strip():
-            break
-        turns.append(Turn('user', text))
+            return
+        asked = [*turns, Turn('user', text)]
         try:
-            ids = encode_prompt(lambda turns: conversation.prompt(turns, tokenizer, template), turns[-1:], opened)
-            turns = conversation.recent(turns, tokenizer, template, window - room)
-            ids = conversation.prompt(turns, tokenizer, template)
+            speaker.encode_turns(asked[-1:])  # the last turn must fit by itself
+            asked = conversation.recent(asked, speaker.tokenizer, speaker.template, window - room)
+            prompt = speaker.encode_turns(asked)
         except UserError as error:
             print(error, file=sys.stderr)
-            turns.pop()
             continue
-        answer = answers(opened, ids, stops, config, seed, streamer(tokenizer))[0]
+        answer, = speaker.answers(prompt, seed, show)
         print()
-        turns.append(Turn('assistant', conversation.answer_text(answer, tokenizer, template)))
+        turns = [*asked, Turn('assistant', answer)]
         seed += 1
 
 
 def main(argv):
-    """The script."""
     config = configurator.load(Config, argv)
     keep_freed_memory()
     device = pick_device(config.device)
-    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, tags=config.template == 'xml')
-    dtype = prepare(opened.model, device, config.dtype, config.compile)
+    wants_tags = bool(config.template) and TEMPLATES[config.template].tags
+    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, tags=wants_tags)
     template = config.template or opened.template
     if not template and not config.start:
-        raise UserError(f'{opened.description} was never tuned here and has no template of its own. '
-                        'Use --start, or choose one: --template=xml')
-    if template and conversation.TEMPLATES[template].tags and not opened.tokenizer.tags:
-        raise UserError(f'{opened.description} was tuned without the tags that the template {template!r} needs. '
-                        f'Its own is {opened.template!r}.')
+        raise UserError(f'{opened.description} was never tuned here and has no template. Use '
+                        '--start, or choose one: --template=question')
+    dtype = prepare(opened.model, device, config.dtype, config.compile)
     print(f'{opened.description}, on {device} in {dtype}', file=sys.stderr)
-    (chat if config.chat else ask_once)(config, opened, template)
+    speaker = Speaker(opened, None if config.start else template, config)
+    if config.chat:
+        chat(speaker)
+    else:
+        ask_once(config, speaker)
 
 
 if __name__ == '__main__':

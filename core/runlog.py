@@ -1,242 +1,139 @@
-"""What a run says of itself: lines for a person, log.csv for programs, loss.png to look at.
+"""What a run reports: lines for a person, log.csv for programs, loss.png to look at.
 
-    python -c "import runlog; runlog.plot('out')"
-    python train.py config/finetune_oasst.py --log=tensorboard     # then: tensorboard --logdir=out/oasst
+    python -c "from core import runlog; runlog.plot('out/oasst')"
 
-log.csv has a row each log_interval steps and at each evaluation. All columns but the last two are
-the same, bit for bit, in a run that was stopped and resumed. --log=tensorboard, wandb or both gives the
-same numbers at the same steps to them, a run that is resumed included.
+log.csv has a row every log_interval steps and at each evaluation. A run that was stopped and
+resumed has the same rows, bit for bit, but for tokens_per_s and seconds.
 """
 import csv
-import glob
 import json
 import os
 import sys
-from importlib import util
+from dataclasses import asdict
 
-import configurator
 from configurator import UserError
-from core.progress import Bar
+from core.files import Bar, flush, reading, write_whole
 
-COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s', 'seconds')
-
-
-def wanted(config):
-    """The names of the programs that get the numbers too; wandb_log is nanoGPT's way to say wandb."""
-    names = [name.strip() for name in config.log.split(',') if name.strip()]
-    return list(dict.fromkeys(names + ['wandb'] * config.wandb_log))
-
-
-def check(config):
-    """UserError where the numbers are to go to a program that is unknown or not installed."""
-    for name in wanted(config):
-        if name not in TRACKERS:
-            raise UserError(f'log={config.log!r}: expected tensorboard, wandb or both with a comma.')
-        found = util.find_spec(name)
-        if not found or not found.origin:  # a mere folder of that name is found, too: wandb leaves one
-            raise UserError(f'log={name} needs a package that is not installed: pip install {name}. Or go without: '
-                            f'{"--wandb_log=False" if config.wandb_log else "--log="}; log.csv is written anyway.')
+COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s',
+           'seconds')
 
 
 class RunLog:
-    """Prints, and writes log.csv and config.json; a silent one (any process but the first) does nothing.
-
-    A run that is resumed goes on behind the rows of its step and of its last evaluation.
-    UserError where out_dir is not writable.
-    """
+    """Prints lines and writes log.csv. A silent one, of any process but the first, does nothing."""
 
     def __init__(self, config, step, evaluated_at, silent):
-        self.out_dir, self.last_step, self.silent = config.out_dir, config.max_iters, silent
-        self.path, self.trackers = os.path.join(self.out_dir, 'log.csv'), []
+        self.silent = silent
+        self.out_dir = config.out_dir
+        self.path = os.path.join(config.out_dir, 'log.csv')
+        self.trackers = []
         self.bar = Bar(total=config.max_iters, initial=step, desc='training', unit=' steps',
-                       disable=silent or config.eval_only or None)
-        if silent or config.eval_only:
+                       disable=silent or None)
+        if silent:
             return
-        rows = read(self.out_dir) if step else []
-        try:
-            with open(os.path.join(self.out_dir, 'config.json'), 'w', encoding='utf-8') as file:
-                json.dump(configurator.as_dict(config), file, indent=1)
-            with open(f'{self.path}.tmp', 'w', newline='', encoding='utf-8') as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                rows = [row for row in rows if int(row['step']) <= (evaluated_at if row['val_loss'] else step)]
-                writer.writerows(rows)
-                _flush(file)
-            os.replace(f'{self.path}.tmp', self.path)
-            self.trackers = [TRACKERS[name](config, rows) for name in wanted(config)]
-        except OSError as error:
-            raise UserError(f'cannot write to {self.out_dir}: {error.strerror}. Use --out_dir=FOLDER.') from None
+        rows = []
+        if step:
+            # Of a resumed run: the rows up to its checkpoint.
+            for row in read(config.out_dir):
+                if int(row['step']) <= (evaluated_at if row['val_loss'] else step):
+                    rows.append(row)
+        with write_whole(self.path) as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        with write_whole(os.path.join(config.out_dir, 'config.json')) as file:
+            json.dump(asdict(config), file, indent=1)
+        names = config.log.split(',') + ['wandb'] * config.wandb_log
+        self.trackers = [open_tracker(name, config, step) for name in names if name]
 
     def say(self, text):
-        """A line for a person."""
+        """Print a line, above the progress bar if there is one."""
         if not self.silent:
-            Bar.write(text)  # above a bar that is shown
+            Bar.write(text)
             sys.stdout.flush()
 
-    def data(self, rows):
-        """A line for the tokenfile.Rows of a split, and one for what is left out of them."""
-        split, usable = rows.split, rows.usable
-        positions = (split.lengths[usable] - 1).sum()
-        self.say(f'{split.name}: {len(usable):,} conversations, {split.lengths[usable].sum():,} tokens, '
-                 f'{split.n_supervised[usable].sum():,} supervised, in {rows.n_rows:,} rows of {rows.block_size} '
-                 f'({positions / rows.n_rows / rows.block_size:.1%} full)')
-        if rows.n_too_long:
-            self.say(f'{split.name}: left out {rows.n_too_long:,} conversations longer than block_size={rows.block_size}')
-
     def write(self, **row):
-        """Append a row to log.csv; absent columns are empty. UserError where it cannot be written."""
+        """Append a row to log.csv; columns that are absent stay empty."""
         if self.silent:
             return
         try:
             with open(self.path, 'a', newline='', encoding='utf-8') as file:
                 csv.DictWriter(file, COLUMNS).writerow(row)
-                _flush(file)
-            for tracker in self.trackers:
-                tracker.write(row)
-                tracker.flush()
+                flush(file)
         except OSError as error:
-            raise UserError(f'could not write {self.path}: {error.strerror}. Go on from the last checkpoint with '
-                            '--init_from=resume') from None
-
-    def training(self, step, epoch, loss, lr, grad_norm, tokens_per_s, seconds, seconds_left):
-        """The last log_interval steps: loss in nats per supervised token."""
-        self.write(step=step, epoch=f'{epoch:.4f}', loss=repr(loss), learning_rate=repr(lr), grad_norm=repr(grad_norm),
-                   tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{seconds:.2f}')
-        self.say(f'{self._at(step)} | loss {loss:7.4f} | lr {lr:.2e} | {tokens_per_s:7,.0f} supervised tokens/s | '
-                 f'{duration(seconds_left)} left')
-
-    def evaluation(self, step, val_loss, better, saved):
-        """An evaluation, whose row is written, and the files that were saved with it."""
-        self.say(f'{self._at(step)} | val_loss {val_loss:.4f}{" (best)" if better and step else ""}'
-                 f'{" | saved " + ", ".join(saved) if saved else ""}')
+            raise UserError(f'cannot write {self.path}: {error.strerror}. Make room, then go on '
+                            'from the last checkpoint: --init_from=resume') from None
+        numbers = {name: float(value) for name, value in row.items() if name != 'step'}
+        for track in self.trackers:
+            track(numbers, row['step'])
 
     def finish(self):
-        """Draw loss.png; nothing is written any more."""
+        """Draw loss.png."""
         self.bar.close()
-        if not self.silent and (path := plot(self.out_dir)):
-            self.say(f'the curve is in {path}, the numbers in {self.path}')
-        for tracker in self.trackers:
-            tracker.close()
-
-    def _at(self, step):
-        return f'step {step:>{len(str(self.last_step))}}/{self.last_step}'
+        if not self.silent and plot(self.out_dir):
+            self.say(f'the curve is in {self.out_dir}/loss.png, the numbers are in {self.path}')
 
 
-def numbers(row):
-    """{column: number} of a row; of an evaluation the val_loss alone, the rest stands in other rows of its step."""
-    names = ['val_loss'] if row.get('val_loss') else [name for name in COLUMNS if name != 'step' and row.get(name)]
-    return {name: float(row[name]) for name in names}
+def open_tracker(name, config, step):
+    """A function (numbers, step) that sends numbers to TensorBoard or Weights & Biases."""
+    try:
+        if name == 'tensorboard':
+            from torch.utils.tensorboard import SummaryWriter
+            folder = os.path.join(config.out_dir, 'tensorboard')
+            # On resuming, what was written after the checkpoint is dropped.
+            writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
 
-
-class TensorBoard:
-    """Event files in out_dir/tensorboard. A run that is resumed writes them anew, from the rows of log.csv."""
-
-    def __init__(self, config, rows):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed where asked for
-        folder = os.path.join(config.out_dir, 'tensorboard')
-        for path in glob.glob(os.path.join(glob.escape(folder), 'events.out.tfevents.*')):
-            os.remove(path)
-        self.writer = SummaryWriter(folder, purge_step=0)  # one that is looking on forgets what it has read, too
-        for row in rows:
-            self.write(row)
-        self.flush()
-
-    def write(self, row):
-        """A row of log.csv."""
-        for name, number in numbers(row).items():
-            self.writer.add_scalar(name, number, int(row['step']))
-
-    def flush(self):
-        """Let a reader see it."""
-        self.writer.flush()
-
-    def close(self):
-        """The end of the run."""
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """A run there, in out_dir/wandb; WANDB_MODE=offline keeps it there, to be synced later.
-
-    A run that is resumed goes on in the same one, known by out_dir/wandb-id, behind the last step that is
-    there; offline it begins a new folder, with all rows of log.csv.
-    """
-
-    def __init__(self, config, rows):
-        import wandb
-        path = os.path.join(config.out_dir, 'wandb-id')
-        name = None
-        if rows and os.path.exists(path):
-            with open(path, encoding='utf-8') as file:
-                name = file.read().strip()
-        try:
-            self.run = wandb.init(project=config.wandb_project or None, name=config.wandb_run_name or None, id=name or None,
-                                  resume='allow', dir=config.out_dir, config=configurator.as_dict(config))
-        except Exception as error:  # no account, no network, whatever its service meets
-            raise UserError(f'log=wandb could not start: {type(error).__name__} {" ".join(str(error).split())[:200]} '
-                            'With WANDB_MODE=offline it needs neither a network nor an account.') from None
-        with open(path, 'w', encoding='utf-8') as file:
-            file.write(self.run.id)
-        for row in rows:
-            if int(row['step']) >= self.run.starting_step:
-                self.write(row)
-
-    def write(self, row):
-        """A row of log.csv."""
-        self.run.log(numbers(row), step=int(row['step']))
-
-    def flush(self):
-        """It sends what it has by itself."""
-
-    def close(self):
-        """The end of the run."""
-        self.run.finish()
-
-
-TRACKERS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases}
+            def track(numbers, step):
+                for key, value in numbers.items():
+                    writer.add_scalar(key, value, step)
+            return track
+        if name == 'wandb':
+            import wandb
+            run = wandb.init(project=config.wandb_project or None, dir=config.out_dir,
+                             name=config.wandb_run_name or None, config=asdict(config), resume='auto')
+            return lambda numbers, step: run.log(numbers, step=step)
+    except ImportError:
+        raise UserError(f'log={name} needs a package: pip install {name}. log.csv is written '
+                        'without it.') from None
+    raise UserError(f'log={name!r}: expected tensorboard, wandb or both with a comma.')
 
 
 def read(out_dir):
-    """The rows of log.csv as dicts of text, without one that was cut short; [] where there is none."""
-    try:
-        with open(os.path.join(out_dir, 'log.csv'), newline='', encoding='utf-8') as file:
-            return [row for row in csv.DictReader(file) if (row.get('step') or '').isdigit() and row.get('seconds')]
-    except FileNotFoundError:
+    """The rows of log.csv, dicts of text, without one that was cut short; [] if there is none."""
+    path = os.path.join(out_dir, 'log.csv')
+    if not os.path.exists(path):
         return []
-
-
-def _flush(file):
-    file.flush()
-    os.fsync(file.fileno())  # a checkpoint is, too: after a power cut the log has the rows up to its step
+    with reading(path), open(path, newline='', encoding='utf-8') as file:
+        return [row for row in csv.DictReader(file) if row['step'].isdigit() and row['seconds']]
 
 
 def duration(seconds):
     """Seconds as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+    if hours:
+        return f'{hours}:{minutes:02}:{seconds:02}'
+    return f'{minutes}:{seconds:02}'
 
 
 def plot(out_dir):
-    """Draw loss.png from log.csv; returns its path, or None where there is nothing to draw."""
-    series = {}
-    for name in ('loss', 'val_loss'):
-        points = [(int(row['step']), float(row[name])) for row in read(out_dir) if row[name]]
-        if points:
-            series[name] = tuple(zip(*points))
-    if not series:
-        return None
-    import matplotlib  # slow to import, and needed at the end of a run alone
+    """Draw loss.png from log.csv; returns whether there was anything to draw."""
+    rows = read(out_dir)
+    if not rows:
+        return False
+    import matplotlib  # slow to import
     matplotlib.use('Agg')
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
-    for name, (steps, losses) in series.items():
-        style = dict(marker='o', markersize=4, linewidth=2) if name == 'val_loss' else dict(linewidth=1, alpha=0.8)
-        axes.plot(steps, losses, label=f'{name} (last {losses[-1]:.3f})', **style)
-    axes.set(xlabel='step', ylabel='nats per supervised token', title=os.path.basename(os.path.abspath(out_dir)))
+    for name, marker in (('loss', ''), ('val_loss', 'o')):
+        points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
+        if points:
+            label = f'{name} (last {points[-1][1]:.3f})'
+            axes.plot(*zip(*points), marker=marker, markersize=4, label=label)
+    title = os.path.basename(os.path.abspath(out_dir))
+    axes.set(xlabel='step', ylabel='nats per supervised token', title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = os.path.join(out_dir, 'loss.png')
-    figure.savefig(path, dpi=120)
+    with write_whole(os.path.join(out_dir, 'loss.png'), 'wb') as file:
+        figure.savefig(file, dpi=120)
     pyplot.close(figure)
-    return path
+    return True

@@ -1,0 +1,187 @@
+"""GPT-2s in transformers' form: a folder of your own, or one from the Hugging Face hub.
+
+    python -c "from core import pretrained; print(pretrained.open_folder('gpt2')[0])"
+
+No code from a file is run: weights are read as safetensors, or as a checkpoint with weights_only.
+"""
+import hashlib
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+
+from configurator import UserError
+from core.files import reading
+from model import GPT, GPTConfig
+
+# The files that may hold the weights, or, as .index.json, name the shards that do.
+WEIGHTS = ('model.safetensors', 'model.safetensors.index.json',
+           'pytorch_model.bin', 'pytorch_model.bin.index.json')
+VOCABULARY = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json')
+
+# transformers keeps these as (in, out), torch's Linear as (out, in).
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
+# transformers' names for the activation, and torch's for its approximation.
+GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
+# What config.json must say, where it says it, for us to compute the same as transformers.
+REQUIRED = {'model_type': 'gpt2', 'scale_attn_weights': True, 'layer_norm_epsilon': 1e-5,
+            'scale_attn_by_inverse_layer_idx': False, 'tie_word_embeddings': True}
+
+
+def read_config(folder):
+    """config.json as a dict. UserError if it is not of a GPT-2 that this code can compute."""
+    path = os.path.join(folder, 'config.json')
+    with reading(path, "Expected a model folder in transformers' form."):
+        with open(path, encoding='utf-8') as file:
+            config = json.load(file)
+        expected = REQUIRED | {'activation_function': tuple(GELUS),
+                               'n_inner': (None, 4 * config['n_embd'])}
+        for key, value in expected.items():
+            allowed = value if isinstance(value, tuple) else (value,)
+            if config.get(key, allowed[0]) not in allowed:
+                raise UserError(f'{path} has {key}={config[key]!r}; this code computes GPT-2s '
+                                f'with {value!r} only.')
+    return config
+
+
+def read_weights(folder):
+    """{name: tensor} of the folder's weights."""
+    for name in WEIGHTS:
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        if not name.endswith('.index.json'):
+            return read_weight_file(path)
+        weights = {}
+        for shard in shards(path):
+            weights |= read_weight_file(os.path.join(folder, shard))
+        return weights
+    raise UserError(f'{folder} has no weights: expected {WEIGHTS[0]} or {WEIGHTS[2]}.')
+
+
+def shards(path):
+    """The names of the files that an index of shards lists."""
+    with reading(path, 'Expected an index of shards.'):
+        with open(path, encoding='utf-8') as file:
+            names = set(json.load(file)['weight_map'].values())
+        return sorted(os.path.basename(name) for name in names)
+
+
+def read_weight_file(path):
+    """{name: tensor} of one file."""
+    with reading(path, 'Expected weights that can be read without running code.'):
+        if path.endswith('.safetensors'):
+            import safetensors.torch  # comes with transformers; not always needed
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+
+
+def open_folder(name):
+    """(GPT, config.json as a dict, folder) of a local folder or a hub name."""
+    folder = name
+    if not os.path.isdir(folder):
+        folder = from_hub(name)
+    config = read_config(folder)
+    weights = read_weights(folder)
+    with reading(folder, "Expected the weights of transformers' GPT-2."):
+        return from_transformers(config, weights), config, folder
+
+
+def from_transformers(config, weights):
+    """A GPT with the weights of transformers' GPT-2: config.json as a dict, {name: tensor}.
+
+    Older files lack 'transformer.' before the names, or hold mask buffers and the tied head; both
+    are fine. Raises KeyError, ValueError and others if the parts do not fit together.
+    """
+    n_layer = config['n_layer']
+    # Checked first, because a config may claim a billion layers.
+    if sum(name.endswith('ln_1.weight') for name in weights) != n_layer:
+        raise ValueError(f'config.json has n_layer={n_layer!r}, the weights have another number')
+    shape = GPTConfig(
+        n_layer=n_layer, n_head=config['n_head'], n_embd=config['n_embd'],
+        vocab_size=config['vocab_size'], block_size=config.get('n_positions', 1024),
+        gelu=GELUS[config.get('activation_function', 'gelu_new')])
+    with torch.device('meta'):
+        model = GPT(shape)
+    state = {}
+    for name, p in model.state_dict().items():
+        tensor = weights.get(name)
+        if tensor is None:
+            tensor = weights[name.removeprefix('transformer.')]
+        tensor = tensor.float()
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()  # a view: copying here would delay the first token by a third
+        if name == 'transformer.wte.weight':
+            tensor = F.pad(tensor, (0, 0, 0, p.shape[0] - tensor.shape[0]))
+        if tensor.shape != p.shape:
+            raise ValueError(f'{name} is {tuple(tensor.shape)}, expected {tuple(p.shape)}')
+        state[name] = tensor
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+# ---- the hub ----
+
+def from_hub(name):
+    """The local folder of a hub model, downloaded into transformers' cache on first use."""
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    import huggingface_hub as hub  # comes with transformers; not always needed
+    import requests
+    try:
+        return fetch(hub, name, local_files_only=True)
+    except hub.errors.EntryNotFoundError:
+        pass  # not in the cache
+    except hub.errors.HFValidationError:
+        raise UserError(f'{name} is neither a folder nor the name of a hub model.') from None
+    try:
+        # The hub's client would retry for a minute before it says that there is no network.
+        requests.head(hub.hf_hub_url(name, 'config.json'), timeout=5)
+        return fetch(hub, name, local_files_only=False)
+    except (OSError, hub.errors.EntryNotFoundError) as error:  # OSError: the network's errors
+        raise UserError(
+            f'{name} is not a folder here, not in the cache, and could not be downloaded from the '
+            f'hub ({type(error).__name__}). Check the name and the network, or use '
+            '--init_from=FOLDER.') from None
+
+
+def fetch(hub, name, local_files_only):
+    """The folder with a hub model's files. EntryNotFoundError if one that is needed is missing."""
+    def get(file):
+        return download(hub, name, file, local_files_only)
+
+    def find(file):
+        try:
+            return get(file)
+        except hub.errors.EntryNotFoundError:
+            return None
+    folder = os.path.dirname(get('config.json'))
+    read_config(folder)  # before the weights, which may be large
+    found = None
+    for file in WEIGHTS:
+        found = find(file)
+        if found:
+            break
+    if not found:
+        get(WEIGHTS[0])
+    elif found.endswith('.index.json'):
+        for shard in shards(found):
+            get(shard)
+    for file in VOCABULARY:
+        find(file)
+    return folder
+
+
+def download(hub, name, file, local_files_only):
+    """The path of a hub model's file, in the cache. A large file is checked by its sha256."""
+    path = hub.hf_hub_download(name, file, local_files_only=local_files_only)
+    blob = os.path.realpath(path)  # the cache keeps a large file under the hash the hub announced
+    announced = os.path.basename(blob)
+    if not local_files_only and len(announced) == 64:
+        with open(blob, 'rb') as opened:
+            digest = hashlib.file_digest(opened, 'sha256').hexdigest()
+        if digest != announced:
+            os.remove(blob)
+            raise UserError(f'{name}: {file} arrived with sha256 {digest}, expected {announced}. '
+                            'It was deleted; try again.')
+    return path

@@ -1,0 +1,126 @@
+"""Back to turns: from ids, from the text that prepare.py --stdout shows, from chat messages.
+
+    python -c "from core import readback; print(readback.from_text('<conversation>…'))"
+
+What looks at prepared data or takes conversations from elsewhere needs this; training does not.
+"""
+import re
+
+from core.conversation import TAG_NAMES, TEMPLATES, Turn, encode
+from core.tokenizer import END_OF_TEXT
+
+ROLES = ('user', 'assistant')
+ESCAPED_TAG = re.compile(rf'<\\(\\*)({TAG_NAMES})')
+
+
+def decode(ids, mask, tokenizer, template='xml'):
+    """The turns that `encode` made these ids and this mask from; ValueError for any other ids."""
+    ids = [int(i) for i in ids]
+    mask = [bool(m) for m in mask]
+    form = TEMPLATES[template]
+    read = read_exchanges
+    if form.tags:
+        read = read_tagged
+    elif form.user[-1] == END_OF_TEXT:
+        read = read_messages
+    try:
+        turns = read(ids, mask, tokenizer, form)
+        if encode(turns, tokenizer, template)[0].tolist() == ids:
+            return turns
+    except (KeyError, ValueError):  # an unknown id, half a character, a forged heading
+        pass
+    raise ValueError(f'not a conversation of the template {template!r}: the ids {ids[:20]} …')
+
+
+def exact_text(ids, tokenizer):
+    """The text of the ids; ValueError if they end inside a character."""
+    return tokenizer.decode_bytes(ids).decode('utf-8')
+
+
+def read_tagged(ids, mask, tokenizer, form):
+    """Whatever stands between the two tags of a role is a turn."""
+    turns = []
+    start = 0
+    for i, token in enumerate(ids):
+        for role in ROLES:
+            if token == tokenizer.special[f'<{role}>']:
+                start = i + 1
+            elif token == tokenizer.special[f'</{role}>']:
+                text = exact_text(ids[start:i], tokenizer)
+                turns.append(Turn(role, text, '', role == 'user' or mask[i]))
+    return turns
+
+
+def read_messages(ids, mask, tokenizer, form):
+    """<|endoftext|> ends each message; the roles take turns."""
+    turns = []
+    start = 0
+    for i, token in enumerate(ids):
+        if token == tokenizer.end_of_text:
+            role = ROLES[len(turns) % 2]
+            text = exact_text(ids[start:i], tokenizer)
+            turns.append(Turn(role, text, '', role == 'user' or mask[i]))
+            start = i + 1
+    return turns
+
+
+def read_exchanges(ids, mask, tokenizer, form):
+    """<|endoftext|> ends an exchange; only the mask says where in it the answer begins."""
+    turns = []
+    start = 0
+    for i, token in enumerate(ids):
+        if token == tokenizer.end_of_text:
+            answer_start = mask.index(True, start, i + 1)
+            request = exact_text(ids[start:answer_start], tokenizer)
+            answer = exact_text(ids[answer_start:i], tokenizer)
+            turns.append(read_request(request, form))
+            turns.append(Turn('assistant', answer[len(form.lead):]))
+            start = i + 1
+    return turns
+
+
+def read_request(request, form):
+    """The user's turn that this prompt was made from."""
+    forms = list(form.user)
+    if form.user_with_context and form.headings:  # without headings the two cannot be told apart
+        forms = [*form.user_with_context, *forms]
+    for part in forms:
+        pattern = re.escape(part).replace(r'\{text\}', '(.*)').replace(r'\{context\}', '(.*)')
+        found = re.fullmatch(pattern, request, re.DOTALL)
+        if found:
+            return Turn('user', *found.groups())
+    raise ValueError('not a prompt of this template')
+
+
+def from_text(text):
+    """The conversations in text that `conversation.to_text` wrote: a list of lists of turns."""
+    conversations = []
+    for whole in re.findall(r'<conversation>(.*?)</conversation>', text, re.DOTALL):
+        messages = re.findall(r'<(user|assistant)>(.*?)</\1>', whole, re.DOTALL)
+        turns = [Turn(role, ESCAPED_TAG.sub(r'<\1\2', body)) for role, body in messages]
+        conversations.append(turns)
+    return conversations
+
+
+def from_messages(messages):
+    """The turns of [{'role': …, 'content': …}, …], as chat interfaces have them.
+
+    user and assistant take turns, beginning with the user. A system message may come first: no
+    template has a place for it, so it is put before the first user's text. ValueError otherwise.
+    """
+    system = ''
+    turns = []
+    for i, message in enumerate(messages):
+        role = message['role']
+        content = message['content']
+        if i == 0 and role == 'system':
+            system = content + '\n\n'
+            continue
+        expected = ROLES[len(turns) % 2]
+        if role != expected:
+            raise ValueError(f'message {i} has the role {role!r}, expected {expected!r}')
+        turns.append(Turn(role, system + content))
+        system = ''
+    if not turns:
+        raise ValueError('there is no message of a user')
+    return turns

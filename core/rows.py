@@ -1,0 +1,142 @@
+"""Packing: conversations into rows, rows into batches, in an order that follows from the seed.
+
+    python -c "from core import rows; print(rows.pack([5, 4, 3, 2], 7, [0, 1, 2, 3]))"
+
+Which rows make up a step is a function of (seed, step) alone, so resuming needs no loader state.
+"""
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from configurator import UserError
+from core.files import Bar
+
+
+def pack(lengths, capacity, order):
+    """Best-fit packing: rows, lists of conversations whose lengths add up to <= capacity.
+
+    The longest come first, each into the fullest row that still has room for it. Of equal ones, the
+    first in `order` goes first. Near-linear: rows are kept in one stack for each amount of room
+    left, and the bits of one integer say which stacks are not empty.
+    """
+    lengths = np.asarray(lengths)
+    order = np.asarray(order)
+    longest_first = order[np.argsort(-lengths[order], kind='stable')]
+    rows = []
+    with_room = [[] for _ in range(capacity + 1)]
+    occupied = 0
+    for i, length in zip(longest_first.tolist(), lengths[longest_first].tolist()):
+        fitting = occupied >> length
+        if fitting:
+            # The lowest set bit is the least room that is enough.
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                occupied ^= 1 << room
+            rows[row].append(i)
+        else:
+            room = capacity
+            row = len(rows)
+            rows.append([i])
+        if room > length:
+            with_room[room - length].append(row)
+            occupied |= 1 << (room - length)
+    return rows
+
+
+class Batch(NamedTuple):
+    """Some rows as one stream of N tokens, conversations of equal length side by side.
+
+    idx, positions (N,) int64: each conversation without its last token; positions restart in each.
+    runs: [(how many, length), …] of the conversations, in order.
+    at (S,) int64: where in the stream a supervised token is predicted; targets (S,) int64: that token.
+    """
+    idx: np.ndarray
+    positions: np.ndarray
+    runs: list
+    at: np.ndarray
+    targets: np.ndarray
+
+
+def make_batch(split, conversations):
+    """The Batch of these conversations of the split."""
+    conversations = sorted(conversations, key=lambda i: split.lengths[i])
+    lengths = split.lengths[conversations] - 1  # the last token is only predicted
+    pairs = [split[i] for i in conversations]
+    idx = np.concatenate([ids[:-1] for ids, _ in pairs]).astype(np.int64)
+    targets = np.concatenate([ids[1:] for ids, _ in pairs]).astype(np.int64)
+    mask = np.concatenate([mask[1:] for _, mask in pairs])
+    at = np.flatnonzero(mask)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    different, counts = np.unique(lengths, return_counts=True)
+    runs = list(zip(counts.tolist(), different.tolist()))
+    return Batch(idx, positions, runs, at, targets[at])
+
+
+class Rows:
+    """The rows of a split. Their order in each epoch is a function of (seed, epoch) alone.
+
+    A row holds whole conversations, up to block_size positions. Left out: conversations longer than
+    that, counted in n_too_long, and those with nothing supervised.
+    """
+
+    def __init__(self, split, block_size, seed=None):
+        self.split = split
+        self.block_size = block_size
+        self.seed = seed
+        fits = split.lengths - 1 <= block_size
+        self.n_too_long = int((~fits).sum())
+        self.usable = np.flatnonzero(fits & (split.n_supervised > 0))
+        if not len(self.usable):
+            raise UserError(
+                f'nothing to learn in {split.name}: of {len(split)} conversations, '
+                f'{self.n_too_long} are longer than block_size={block_size}, and the others have '
+                'no supervised token.')
+        self.n_rows = len(self.epoch(0))  # the same in each epoch
+
+    @lru_cache(maxsize=2)
+    def epoch(self, epoch):
+        """The rows of one epoch, lists of conversations. Not shuffled if seed is None."""
+        if self.seed is None:
+            return pack(self.split.lengths - 1, self.block_size, self.usable)
+        rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        order = rng.permutation(self.usable)
+        rows = pack(self.split.lengths - 1, self.block_size, order)
+        return [rows[i] for i in rng.permutation(len(rows))]
+
+    def describe(self):
+        """A line for a person."""
+        lengths = self.split.lengths[self.usable]
+        full = (lengths - 1).sum() / self.n_rows / self.block_size
+        text = (f'{self.split.name}: {len(lengths):,} conversations, {lengths.sum():,} tokens, '
+                f'{self.split.n_supervised[self.usable].sum():,} supervised, in {self.n_rows:,} '
+                f'rows of {self.block_size} ({full:.1%} full)')
+        if self.n_too_long:
+            text += f'; {self.n_too_long:,} longer conversations are left out'
+        return text
+
+    def conversations(self, start, stop):
+        """The conversations of rows start to stop, counted through all epochs."""
+        found = []
+        for i in range(start, stop):
+            found += self.epoch(i // self.n_rows)[i % self.n_rows]
+        return found
+
+    def batch(self, start, stop):
+        """The Batch of rows start to stop."""
+        return make_batch(self.split, self.conversations(start, stop))
+
+    def n_supervised(self, start, stop):
+        """How many supervised tokens rows start to stop hold."""
+        return int(self.split.n_supervised[self.conversations(start, stop)].sum())
+
+    def batches(self, batch_size, first=0, every=1, limit=0, what=''):
+        """Yield the Batches of one epoch: number `first`, then each `every`th.
+
+        limit: the number of batches in all; 0 for the whole epoch. what: the name of a progress bar.
+        """
+        n = -(-self.n_rows // batch_size)
+        numbers = range(first, min(n, limit or n), every)
+        for b in Bar(numbers, what, unit=' batches', disable=not what or None):
+            yield self.batch(b * batch_size, min((b + 1) * batch_size, self.n_rows))
