@@ -18,7 +18,6 @@ import io
 import math
 import operator
 import os
-import re
 import sys
 import textwrap
 import tokenize
@@ -34,46 +33,43 @@ class UserError(Exception):
 
 # ---- types of keys ----
 
-class Allowed(NamedTuple):
-    """The values that a key may have: a description, and a function that tests one."""
-    text: str
-    test: typing.Callable
+class Range(NamedTuple):
+    """For Annotated[int, Range(1, 16)]: the lowest and the highest value allowed."""
+    low: float
+    high: float = math.inf
+    below: float = math.inf  # values must be smaller than this
 
-
-def Range(low, high=math.inf):
-    """For Annotated[int, Range(1, 16)]: both ends are allowed."""
-    text = f'at least {low:,}'
-    if high < math.inf:
-        text += f' and at most {high:,}'
-    return Allowed(text, lambda value: low <= value <= high)
+    def __str__(self):
+        text = f'at least {self.low:,}'
+        if self.high < math.inf:
+            text += f', at most {self.high:,}'
+        if self.below < math.inf:
+            text += f', below {self.below:,}'
+        return text
 
 
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 NonNegative = Annotated[float, Range(0)]
-Positive = Annotated[float, Allowed('above 0', lambda value: value > 0)]
-Fraction = Annotated[float, Allowed('at least 0 and below 1', lambda value: 0 <= value < 1)]
+Positive = Annotated[float, Range(1e-9)]
+Fraction = Annotated[float, Range(0, below=1)]
 
-EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text in quotes'}
+EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 
 
 def base_type(kind):
     """int, float, bool or str, whichever a key's type stands for."""
-    if typing.get_origin(kind) is Annotated:
-        return typing.get_args(kind)[0]
     if typing.get_origin(kind) is Literal:
         return str
-    return kind
+    return getattr(kind, '__origin__', kind)
 
 
 def limits(kind):
     """What a key's type allows, in words; '' if it allows everything."""
-    if typing.get_origin(kind) is Annotated:
-        return typing.get_args(kind)[1].text
     if typing.get_origin(kind) is Literal:
         return 'one of ' + ', '.join(choice or "''" for choice in typing.get_args(kind))
-    return ''
+    return ''.join(map(str, getattr(kind, '__metadata__', ())))
 
 
 def accept(value, kind):
@@ -81,17 +77,13 @@ def accept(value, kind):
     base = base_type(kind)
     if base is float and type(value) is int:
         value = float(value)
-    if type(value) is not base:
+    if type(value) is not base or value != value or value == math.inf or '\0' in str(value):
         raise ValueError(f'found {str(value)[:60]!r}, expected {EXPECTED[base]}')
-    if base is float and not math.isfinite(value):
-        raise ValueError(f'found {value}, expected a finite number')
-    if base is str and '\0' in value:
-        raise ValueError('found a NUL character')
-    allowed = True
-    if typing.get_origin(kind) is Annotated:
-        allowed = typing.get_args(kind)[1].test(value)
-    elif typing.get_origin(kind) is Literal:
+    if typing.get_origin(kind) is Literal:
         allowed = value in typing.get_args(kind)
+    else:
+        ranges = getattr(kind, '__metadata__', ())
+        allowed = all(r.low <= value <= r.high and value < r.below for r in ranges)
     if not allowed:
         raise ValueError(f'found {value!r}, expected {limits(kind)}')
     return value
@@ -108,23 +100,15 @@ def evaluate(node):
     match node:
         case ast.Constant(value=bool() | int() | float() | str()):
             return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -evaluate_number(operand)
-        case ast.BinOp(op=ast.Add(), left=ast.Constant(value=str(left)), right=right):
-            return left + str(evaluate(right))
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
         case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](evaluate_number(left), evaluate_number(right))
+            values = [evaluate(left), evaluate(right)]
+            if isinstance(op, ast.Add) or str not in map(type, values):
+                return OPERATORS[type(op)](*values)
     if ast.unparse(node) == 'str(time.time())':  # one of nanoGPT's config files names its run so
         return ''
     raise ValueError(f'found {ast.unparse(node)[:60]!r}, expected a literal or arithmetic on literals')
-
-
-def evaluate_number(node):
-    """As evaluate, for numbers only."""
-    value = evaluate(node)
-    if type(value) not in (int, float):
-        raise ValueError(f'found {value!r}, expected a number')
-    return value
 
 
 def parse_flag(text, kind):
@@ -135,18 +119,18 @@ def parse_flag(text, kind):
         return text.lower() == 'true'
     try:
         return evaluate(ast.parse(text.strip(), mode='eval').body)
-    except (SyntaxError, ArithmeticError, RecursionError, MemoryError):
+    except SyntaxError:
         raise ValueError(f'found {text[:60]!r}, expected {EXPECTED[base_type(kind)]}') from None
 
 
 def read_config_file(name):
-    """Yield (key, syntax tree of its value, where) for each line of a config file."""
+    """Yield (key, syntax tree of its value, line number) for each line of a config file."""
     path = name
     if not os.path.isfile(path):
         path = os.path.join(REPOSITORY, name)  # so that the scripts work from any folder
     try:
         with open(path, encoding='utf-8-sig') as file:
-            statements = ast.parse(file.read(), path).body
+            statements = ast.parse(file.read()).body
     except FileNotFoundError:
         raise UserError(f'config file {name} not found. The config files are in config/; '
                         'flags are written --key=value.') from None
@@ -155,26 +139,26 @@ def read_config_file(name):
         raise UserError(f'{name} line {line}: {type(error).__name__}. '
                         'Expected lines of the form key = value.') from None
     for statement in statements:
-        where = f'{name} line {statement.lineno}'
         match statement:
             case ast.Expr(value=ast.Constant(value=str())):
                 pass  # the docstring
             case ast.Import(names=[ast.alias(name='time')]):
                 pass  # see evaluate
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
-                yield key, node, where
+                yield key, node, statement.lineno
             case _:
-                raise UserError(f'{where}: found {ast.unparse(statement)[:60]!r}, expected '
-                                'key = value. A config file is read, never executed.')
+                raise UserError(f'{name} line {statement.lineno}: found '
+                                f'{ast.unparse(statement)[:60]!r}, expected key = value. '
+                                'A config file is read, never executed.')
 
 
 def load(keys, argv, defaults=None, check=True):
     """The configuration that argv asks for, as an instance of the frozen dataclass `keys`.
 
-    argv holds config files and --key=value flags. defaults, a dict, overrides the class's own
-    defaults. The class may have a method problems() that yields one sentence for each combination
-    of values that cannot work; check=False skips it. All mistakes are raised together as one
-    UserError, a line each. --help prints every key and exits.
+    argv holds config files and --key=value flags. defaults, a dict, overrides the class's own. The
+    class may have a method problems() that yields a sentence for each combination of values that
+    cannot work; check=False skips it. All mistakes are raised together as one UserError, a line
+    each. --help prints every key and exits.
     """
     if '--help' in argv or '-h' in argv:
         print(help_text(keys), flush=True)
@@ -183,33 +167,33 @@ def load(keys, argv, defaults=None, check=True):
     values = {}
     mistakes = []
 
-    def assign(name, read, where):
+    def assign(name, where, read, source):
+        """Set the key to read(source)."""
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=1)
             hint = f'Did you mean {close[0]!r}?' if close else '--help lists them all.'
             mistakes.append(f'unknown key {name!r} {where}. {hint}')
             return
         try:
-            values[name] = accept(read(kinds[name]), kinds[name])
-        except (ValueError, ArithmeticError, RecursionError) as error:
+            values[name] = accept(read(source), kinds[name])
+        except (ValueError, ArithmeticError, RecursionError, MemoryError) as error:
             mistakes.append(f'{name} {where}: {error}')
 
-    for name, value in (defaults or {}).items():
-        if name in kinds:  # a key that this version no longer has is ignored
-            assign(name, lambda kind, value=value: value, 'in the saved configuration')
+    for name in kinds.keys() & (defaults or {}).keys():
+        assign(name, 'in the saved configuration', defaults.get, name)
     for argument in argv:
         if not argument.startswith('--'):
-            for name, node, where in read_config_file(argument):
-                assign(name, lambda kind, node=node: evaluate(node), f'in {where}')
+            for name, node, line in read_config_file(argument):
+                assign(name, f'in {argument} line {line}', evaluate, node)
             continue
         name, equals, text = argument[2:].partition('=')
-        if not equals and base_type(kinds.get(name)) is bool:
+        kind = kinds.get(name, str)
+        if not equals and kind is bool:
             text = 'True'
         elif not equals and name in kinds:
             mistakes.append(f'--{name} needs a value: --{name}=VALUE')
             continue
-        assign(name, lambda kind, text=text: parse_flag(text, kind), 'on the command line')
-    config = None
+        assign(name, 'on the command line', lambda text, kind=kind: parse_flag(text, kind), text)
     if not mistakes:
         config = keys(**values)
         if check and hasattr(config, 'problems'):
@@ -219,22 +203,8 @@ def load(keys, argv, defaults=None, check=True):
     return config
 
 
-# ---- showing ----
-
-def as_dict(config):
-    """The configuration as a plain dict, to save."""
-    return dataclasses.asdict(config)
-
-
-def describe(config):
-    """Every key and value in a few lines of text."""
-    pairs = [f'{key}={value!r}'.replace(' ', '\0') for key, value in as_dict(config).items()]
-    text = textwrap.fill('  '.join(pairs), 100, break_long_words=False, break_on_hyphens=False)
-    return text.replace('\0', ' ')
-
-
 def help_text(keys):
-    """The script's docstring, then every key with its default and its comment."""
+    """The script's docstring, then every key with its default, its comment and its limits."""
     source = textwrap.dedent(inspect.getsource(keys))
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -243,16 +213,14 @@ def help_text(keys):
     kinds = typing.get_type_hints(keys, include_extras=True)
     lines = [inspect.getdoc(sys.modules[keys.__module__]) or '', '', 'keys (--key=value):']
     for number, line in enumerate(source.split('\n'), 1):
-        name = re.match(r'    (\w+):', line)
-        if name and name[1] in kinds:
-            default = getattr(keys, name[1])
-            text = comments.get(number, '')
-            limit = limits(kinds[name[1]])
-            if limit:
-                text += f' ({limit})'
-            lines.append(f'  --{name[1]}={default!r}'.ljust(39) + text)
-        elif number in comments and line.strip().startswith('#'):
-            lines.append(f'\n  {comments[number]}')
+        name = line.strip().partition(':')[0]
+        text = comments.get(number, '')
+        if name in kinds and text:
+            if limits(kinds[name]):
+                text += f' ({limits(kinds[name])})'
+            lines.append(f'  --{name}={getattr(keys, name)!r}'.ljust(39) + text)
+        elif line.strip().startswith('#'):
+            lines.append(f'\n  {text}')
     return '\n'.join(lines)
 
 
@@ -274,6 +242,6 @@ def run(main):
 
 
 def report(error):
-    """Print a UserError, once on each machine rather than by each process of torchrun."""
+    """Print a UserError: once on each machine, not once for each process of torchrun."""
     if os.environ.get('LOCAL_RANK', '0') == '0':
         print(error, file=sys.stderr)

@@ -53,98 +53,79 @@ class Config:
             yield 'a chat has one answer: leave out num_samples.'
 
 
-class Speaker:
-    """A model, its template and the settings by which it answers."""
+def answer(opened, template, ids, config, seed, show=None):
+    """The texts of num_samples answers to the prompt `ids`, up to what ends each.
 
-    def __init__(self, opened, template, config):
-        self.model = opened.model
-        self.tokenizer = opened.tokenizer
-        self.template = template  # None for raw text
-        self.config = config
-        # Raw text ends where any template's answer would.
-        self.stops = conversation.stop_ids(self.tokenizer, template or 'xml')
+    template: None for raw text. show is called with each new piece of text, if there is one answer.
+    """
+    window = opened.model.config.block_size
+    if not 0 < len(ids) <= window:
+        raise UserError(f'the prompt has {len(ids):,} tokens; expected 1 to {window:,}.')
+    stops = conversation.stop_ids(opened.tokenizer, template or 'xml')
+    readers = [AnswerText(opened.tokenizer, template) for _ in range(config.num_samples)]
+    texts = [''] * config.num_samples
 
-    def encode(self, write, what):
-        """write(what), the ids of a prompt, which must leave room for an answer."""
-        try:
-            ids = [int(i) for i in write(what)]
-        except ValueError as error:
-            raise UserError(f'the prompt cannot be used: {error}.') from None
-        window = self.model.config.block_size
-        if not 0 < len(ids) <= window:
-            raise UserError(f'the prompt has {len(ids):,} tokens; expected 1 to {window:,}.')
-        return ids
+    def add(i, ids, final=False):
+        new = readers[i].add(ids, final)
+        texts[i] += new
+        if show:
+            show(new)
 
-    def encode_turns(self, turns):
-        """The ids after which the model answers these turns."""
-        def write(turns):
-            return conversation.prompt(turns, self.tokenizer, self.template)
-        return self.encode(write, turns)
-
-    def answers(self, prompt, seed, show=None):
-        """The texts of num_samples answers. show is called with each new piece of a single one."""
-        config = self.config
-        texts = [''] * config.num_samples
-        readers = [AnswerText(self.tokenizer, self.template) for _ in texts]
-        for tokens in generate(self.model, [prompt], config.max_new_tokens, config.num_samples,
-                               config.temperature, config.top_k, config.top_p, seed, self.stops):
-            for i, token in enumerate(tokens):
-                if token is not None and token not in self.stops:
-                    new = readers[i].add([token])
-                    texts[i] += new
-                    if show:
-                        show(new)
-        for i, reader in enumerate(readers):
-            end = reader.add([], final=True)
-            texts[i] += end
-            if show:
-                show(end)
-        return texts
+    for tokens in generate(opened.model, [ids], config.max_new_tokens, config.num_samples,
+                           config.temperature, config.top_k, config.top_p, seed, stops):
+        for i, token in enumerate(tokens):
+            if token is not None and token not in stops:
+                add(i, [token])
+    for i in range(config.num_samples):
+        add(i, [], final=True)
+    return texts
 
 
 def show(text):
-    """Print at once, without a line end."""
+    """Print without a line end, at once."""
     print(text, end='', flush=True)
 
 
 def read_start(start):
     """The raw prompt: the text itself, or that of a file."""
-    if not start.startswith('FILE:'):
+    path = start.removeprefix('FILE:')
+    if path == start:
         return start
-    with reading(start[5:], 'Expected a text file in UTF-8.'):
-        with open(start[5:], encoding='utf-8') as file:
-            return file.read()
+    with reading(path, 'Expected a text file in UTF-8.'), open(path, encoding='utf-8') as file:
+        return file.read()
 
 
-def ask_once(config, speaker):
+def ask_once(config, opened, template):
     """--start and --user: print num_samples answers."""
     before = ''
-    if config.user:
-        prompt = speaker.encode_turns([Turn('user', config.user)])
-    else:
-        before = read_start(config.start)
-        prompt = speaker.encode(speaker.tokenizer.encode_with_tags, before)
-    streams = config.num_samples == 1 and not config.trim
-    if streams:
+    try:
+        if config.user:
+            turns = [Turn('user', config.user)]
+            ids = conversation.prompt(turns, opened.tokenizer, template)
+        else:
+            template = None
+            before = read_start(config.start)
+            ids = opened.tokenizer.encode_with_tags(before).tolist()
+    except ValueError as error:
+        raise UserError(f'the prompt cannot be used: {error}.') from None
+    if config.num_samples == 1 and not config.trim:
         show(before)
-    answers = speaker.answers(prompt, config.seed, show if streams else None)
-    if streams:
+        answer(opened, template, ids, config, config.seed, show)
         print()
         return
-    for answer in answers:
-        if config.trim and '.' in answer:
-            answer = answer[:answer.rindex('.') + 1]
-        print(before + answer)
-        if len(answers) > 1:
+    for text in answer(opened, template, ids, config, config.seed):
+        if config.trim and '.' in text:
+            text = text[:text.rindex('.') + 1]
+        print(before + text)
+        if config.num_samples > 1:
             print('---------------')
 
 
-def chat(speaker):
+def chat(config, opened, template):
     """--chat: read turns from the terminal until an empty line, and answer each."""
-    window = speaker.model.config.block_size
-    room = min(speaker.config.max_new_tokens, window // 2)  # kept free for the answer
+    window = opened.model.config.block_size
+    room = min(config.max_new_tokens, window // 2)  # kept free for the answer
     turns = []
-    seed = speaker.config.seed
     print('An empty line ends the chat.', file=sys.stderr)
     while True:
         try:
@@ -153,18 +134,17 @@ def chat(speaker):
             return
         if not text.strip():
             return
-        asked = [*turns, Turn('user', text)]
         try:
-            speaker.encode_turns(asked[-1:])  # the last turn must fit by itself
-            asked = conversation.recent(asked, speaker.tokenizer, speaker.template, window - room)
-            prompt = speaker.encode_turns(asked)
-        except UserError as error:
+            asked = [*turns, Turn('user', text)]
+            asked = conversation.recent(asked, opened.tokenizer, template, window - room)
+            ids = conversation.prompt(asked, opened.tokenizer, template)
+            seed = config.seed + len(turns) // 2
+            reply, = answer(opened, template, ids, config, seed, show)
+        except (UserError, ValueError) as error:
             print(error, file=sys.stderr)
             continue
-        answer, = speaker.answers(prompt, seed, show)
         print()
-        turns = [*asked, Turn('assistant', answer)]
-        seed += 1
+        turns = [*asked, Turn('assistant', reply)]
 
 
 def main(argv):
@@ -179,11 +159,10 @@ def main(argv):
                         '--start, or choose one: --template=question')
     dtype = prepare(opened.model, device, config.dtype, config.compile)
     print(f'{opened.description}, on {device} in {dtype}', file=sys.stderr)
-    speaker = Speaker(opened, None if config.start else template, config)
     if config.chat:
-        chat(speaker)
+        chat(config, opened, template)
     else:
-        ask_once(config, speaker)
+        ask_once(config, opened, template)
 
 
 if __name__ == '__main__':

@@ -112,14 +112,10 @@ def make_optimizer(config, model):
 
 
 def open_model(config, folders):
-    """The model to train and its tokenizer, template and checkpoint, as checkpoint.Opened."""
+    """The checkpoint.Opened to train, whose state is where the run begins or goes on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
     if len({meta['tokenizer']['sha256'] for meta in metas}) > 1:
         raise UserError(f'{config.dataset} were prepared with different vocabularies.')
-    for folder, meta in zip(folders, metas):
-        if meta['template'] not in TEMPLATES:
-            raise UserError(f"{folder} has the template {meta['template']!r}; known are "
-                            f'{", ".join(TEMPLATES)}.')
     template = metas[0]['template']
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
     tokenizer = tokenizers.from_state({**metas[0]['tokenizer'], 'tags': tags})
@@ -131,26 +127,33 @@ def open_model(config, folders):
         opened = checkpoint.Opened(model, tokenizer, template, 'a new model', None, '')
     else:
         opened = checkpoint.open_model(config.init_from, config.out_dir, vocabulary=tokenizer)
-    if config.init_from != 'resume':
-        opened = opened._replace(template=template, checkpoint=None)
     positions = opened.model.config.block_size
     if config.block_size > positions:
         raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
                         f'{opened.description}. Use --block_size={positions} or less.')
     opened.model.set_dropout(config.dropout)
-    return opened
+    data = [tokenfile.fingerprint(folder) for folder in folders]
+    if config.init_from == 'resume':
+        checkpoint.check_resume(opened.checkpoint, opened.description, asdict(config), data)
+        return opened
+    origin = {'init_from': config.init_from, 'data': tokenfile.sources(folders)}
+    state = Checkpoint(
+        model={}, model_args=asdict(opened.model.config), template=template,
+        tokenizer=opened.tokenizer.state(), config=asdict(config), step=0, val_loss=None,
+        data=data, origin=origin)
+    return opened._replace(checkpoint=state)
 
 
 class Trainer:
-    """One run: the model, the optimizer, and what changes from step to step."""
+    """One run. Its `state`, a Checkpoint, holds all that changes from step to step."""
 
-    def __init__(self, config, procs, opened, train_rows, val_rows, run):
+    def __init__(self, config, procs, opened, train_rows, val_rows, last_row):
         self.config = config
         self.procs = procs
-        self.opened = opened
+        self.state = opened.checkpoint
         self.train_rows = train_rows
         self.val_rows = val_rows  # None if the validation set is empty
-        self.run = run  # what every checkpoint says of the run
+        self.last_row = last_row  # where the run ends
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
         self.model = opened.model.to(procs.device)
         for p in self.model.parameters():
@@ -161,27 +164,14 @@ class Trainer:
         self.loss = procs.wrap(self.model)
         self.optimizer = make_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
-        self.step = 0
-        self.seconds = 0.0  # spent in steps, without evaluations and saving
-        self.loss_sum = 0.0  # since the last line of the log
-        self.n_tokens = 0
-        self.evaluated_at = None  # step of the last evaluation
-        self.best = math.inf  # lowest val_loss so far
-        self.n_worse = 0  # evaluations since then
+        if self.state.optimizer:
+            checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
         self.grad_norm = 0.0
-        self.stopped = False  # by a signal, to any of the processes
-        if opened.checkpoint:
-            self.resume(opened.checkpoint)
+        self.stopped = False  # by a signal to any of the processes
 
-    def resume(self, saved):
-        """Go on where the Checkpoint was saved."""
-        checkpoint.restore(saved, self.opened.description, self.optimizer, self.scaler)
-        self.step = saved.step
-        self.seconds = saved.seconds
-        self.loss_sum, self.n_tokens = saved.interval
-        self.evaluated_at = saved.evaluated_at
-        self.best = saved.best
-        self.n_worse = saved.n_worse
+    def epoch(self):
+        """Passes over the data so far."""
+        return self.state.step * self.rows_per_step / self.train_rows.n_rows
 
     def conditions(self):
         """What decides the bits of the steps to come, besides what a resume may not change."""
@@ -201,25 +191,25 @@ class Trainer:
         """One optimizer step on the loss per supervised token, over all micro-batches and processes."""
         config = self.config
         procs = self.procs
+        state = self.state
         started = time.perf_counter()
-        start = self.step * self.rows_per_step
-        stop = min(start + self.rows_per_step, self.run['last_row'])
+        start = state.step * self.rows_per_step
+        stop = min(start + self.rows_per_step, self.last_row)
         n_tokens = self.train_rows.n_supervised(start, stop)  # of all processes
-        torch.manual_seed((config.seed * 1_000_003 + self.step) * 1_009 + procs.rank)
+        torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + procs.rank)
         losses = []
-        for first in range(start, stop, procs.world * config.batch_size):
+        rows_at_once = procs.world * config.batch_size
+        for first in range(start, stop, rows_at_once):
             # Each process takes its own batch_size rows of these.
             begin = first + procs.rank * config.batch_size
-            end = min(begin + config.batch_size, stop)
-            if begin < stop:
-                batch = self.train_rows.batch(begin, end)
-                weight = 1
-            else:
-                # The others wait for our gradients: no rows are left, so any row counts nothing.
-                batch = self.train_rows.batch(start, start + 1)
+            weight = 1
+            if begin >= stop:
+                # No rows are left, but the others wait for our gradients: any row, times 0.
+                begin = start
                 weight = 0
-            # Gradients have to be summed over the processes at the last micro-batch only.
-            is_last = first + procs.world * config.batch_size >= stop
+            batch = self.train_rows.batch(begin, min(begin + config.batch_size, stop))
+            # Gradients are summed over the processes at the last micro-batch only.
+            is_last = first + rows_at_once >= stop
             with nullcontext() if is_last else procs.no_sync(self.loss):
                 with autocast(procs.device, self.dtype):
                     loss = self.loss(batch) * weight
@@ -229,19 +219,17 @@ class Trainer:
         largest = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(config, self.step)
+            group['lr'] = learning_rate(config, state.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         self.grad_norm = norm.item()
         # A signal to one of the processes must stop all of them after the same step.
-        loss_sum = sum(loss.item() for loss in losses)
-        loss_sum, n_asked = procs.sum(loss_sum, request.asked)
-        self.loss_sum += loss_sum
-        self.n_tokens += n_tokens
+        loss_sum, n_asked = procs.sum(sum(loss.item() for loss in losses), request.asked)
         self.stopped = n_asked > 0
-        self.seconds += time.perf_counter() - started
+        state.step += 1
+        state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
+        state.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def evaluate(self, request):
@@ -251,9 +239,8 @@ class Trainer:
         self.model.eval()
         loss_sum = 0.0
         n_tokens = 0
-        what = 'evaluating' if procs.rank == 0 else ''
         for batch in self.val_rows.batches(config.batch_size, procs.rank, procs.world,
-                                           config.eval_iters, what):
+                                           config.eval_iters, 'evaluating'):
             with autocast(procs.device, self.dtype):
                 loss_sum += self.model.loss(batch).item()
             n_tokens += len(batch.targets)
@@ -265,139 +252,107 @@ class Trainer:
         return None if self.stopped else loss_sum / n_tokens
 
     def save(self, name, val_loss=None):
-        """Write best.pt or ckpt.pt. The first process does."""
+        """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
         if self.procs.rank > 0:
             return
-        saved = Checkpoint(
-            model=self.model.state_dict(), model_args=asdict(self.model.config),
-            template=self.opened.template, tokenizer=self.opened.tokenizer.state(),
-            config=asdict(self.config), step=self.step, val_loss=val_loss, seconds=self.seconds,
-            data=self.run['data'], origin=self.run['origin'])
+        saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
+                        config=asdict(self.config), optimizer=None, scaler=None)
         if name == 'ckpt.pt':
             saved.optimizer = self.optimizer.state_dict()
             saved.scaler = self.scaler.state_dict()
-            saved.best = self.best
-            saved.n_worse = self.n_worse
-            saved.evaluated_at = self.evaluated_at
-            saved.interval = (self.loss_sum, self.n_tokens)
             saved.conditions = self.conditions()
         checkpoint.save(saved, os.path.join(self.config.out_dir, name))
 
     def evaluate_and_save(self, log, request, is_last):
         """Evaluate, log it, and write the checkpoints that are due."""
-        config = self.config
-        val_loss = None
-        if self.val_rows:
-            val_loss = self.evaluate(request)
+        state = self.state
+        val_loss = self.evaluate(request) if self.val_rows else None
         if self.stopped:
             return
-        self.evaluated_at = self.step
-        better = val_loss is not None and val_loss < self.best
-        if better:
-            self.best = val_loss
-            self.n_worse = 0
-        elif val_loss is not None:
-            self.n_worse += 1
-        names = []
-        if better:
-            names.append('best.pt')
-        if better or val_loss is None or config.always_save_checkpoint:
-            names.append('ckpt.pt')
-        if self.step == 0 and not is_last:
-            names = []  # nothing is learned yet
-        # The order matters for a kill in between: resumed from the older ckpt.pt, the run writes
-        # this row and this best.pt again.
-        if val_loss is not None:
-            log.write(step=self.step, epoch=f'{self.epoch():.4f}', val_loss=repr(val_loss),
-                      seconds=f'{self.seconds:.2f}')
-        for name in names:
-            self.save(name, val_loss)
-        if val_loss is not None:
-            line = f'step {self.step}/{config.max_iters} | val_loss {val_loss:.4f}'
-            if better and self.step:
-                line += ' (best)'
-            if names:
-                line += f' | saved {", ".join(names)}'
-            log.say(line)
-
-    def epoch(self):
-        """Passes over the data so far."""
-        return self.step * self.rows_per_step / self.train_rows.n_rows
+        state.evaluated_at = state.step
+        if val_loss is None:
+            if state.step or is_last:
+                self.save('ckpt.pt')
+            return
+        better = val_loss < state.best
+        state.n_worse = 0 if better else state.n_worse + 1
+        state.best = min(state.best, val_loss)
+        line = f'step {state.step}/{self.config.max_iters} | val_loss {val_loss:.4f}'
+        # First the row, then best.pt, then ckpt.pt: killed in between, the run comes back from the
+        # older ckpt.pt and writes all of them again.
+        log.write(step=state.step, epoch=f'{self.epoch():.4f}', val_loss=repr(val_loss),
+                  seconds=f'{state.seconds:.2f}')
+        if state.step or is_last:  # nothing is learned at step 0
+            if better:
+                self.save('best.pt', val_loss)
+                line += ' (best so far)'
+            if better or self.config.always_save_checkpoint:
+                self.save('ckpt.pt', val_loss)
+                line += ' | saved'
+        log.say(line)
 
     def train(self, log, request):
-        """Steps, evaluations, lines of the log and checkpoints, until the last step or a signal."""
+        """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
         config = self.config
-        since = (self.step, self.seconds, self.n_tokens)  # at the last line of the log
+        state = self.state
+        last_line = replace(state)  # the state at the last line of the log
         self.model.train()
         while True:
-            is_last = self.step >= config.max_iters
-            due = self.step % config.eval_interval == 0 or is_last
-            if due and self.evaluated_at != self.step and not self.stopped:
+            is_last = state.step >= config.max_iters
+            due = state.step % config.eval_interval == 0 or is_last
+            if due and state.evaluated_at != state.step and not self.stopped:
                 self.evaluate_and_save(log, request, is_last)
-            out_of_patience = 0 < config.patience <= self.n_worse
+            out_of_patience = 0 < config.patience <= state.n_worse
             if is_last or self.stopped or out_of_patience:
                 break
             self.train_step(request)
             log.bar.update()
-            if self.step % config.log_interval == 0 or self.step == config.max_iters:
-                self.log_line(log, *since)
-                since = (self.step, self.seconds, 0)
+            if state.step % config.log_interval == 0 or state.step == config.max_iters:
+                self.log_line(log, last_line)
+                state.interval = (0.0, 0)
+                last_line = replace(state)
         resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
         if self.stopped:
             self.save('ckpt.pt')
-            log.say(f'stopped after step {self.step}. Go on: python train.py {resume}')
+            log.say(f'stopped after step {state.step}. Go on: python train.py {resume}')
             return
         if not is_last:
             log.say(f'no better val_loss in {config.patience} evaluations')
         log.say(f'finished. Talk to it: python sample.py {resume} --chat')
 
-    def log_line(self, log, step, seconds, n_tokens):
-        """Report the steps since the last line, when step, seconds and n_tokens were these."""
-        config = self.config
-        loss = self.loss_sum / self.n_tokens
-        lr = learning_rate(config, self.step - 1)
-        took = self.seconds - seconds
-        tokens_per_s = (self.n_tokens - n_tokens) / took
-        left = (config.max_iters - self.step) * took / (self.step - step)
-        log.write(step=self.step, epoch=f'{self.epoch():.4f}', loss=repr(loss),
+    def log_line(self, log, before):
+        """Report the steps since `before`, the state at the last line."""
+        state = self.state
+        loss_sum, n_tokens = state.interval
+        lr = learning_rate(self.config, state.step - 1)
+        took = state.seconds - before.seconds
+        tokens_per_s = (n_tokens - before.interval[1]) / took
+        left = (self.config.max_iters - state.step) * took / (state.step - before.step)
+        log.write(step=state.step, epoch=f'{self.epoch():.4f}', loss=repr(loss_sum / n_tokens),
                   learning_rate=repr(lr), grad_norm=repr(self.grad_norm),
-                  tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{self.seconds:.2f}')
-        log.say(f'step {self.step}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | '
-                f'{tokens_per_s:,.0f} supervised tokens/s | {duration(left)} left')
-        self.loss_sum = 0.0
-        self.n_tokens = 0
+                  tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{state.seconds:.2f}')
+        log.say(f'step {state.step}/{self.config.max_iters} | loss {loss_sum / n_tokens:.4f} | '
+                f'lr {lr:.2e} | {tokens_per_s:,.0f} supervised tokens/s | {duration(left)} left')
 
 
-def check_out_dir(config, procs):
-    """Refuse to replace a run unless --overwrite says so; then remove it."""
-    there = []
-    for name in ('ckpt.pt', 'best.pt'):
-        path = os.path.join(config.out_dir, name)
-        if os.path.exists(path):
-            there.append(path)
-    if not there or config.init_from == 'resume' or config.eval_only:
-        return
-    if not config.overwrite:
-        raise UserError(f'{there[0]} is there already. Go on with it: --init_from=resume; or '
+def clear_out_dir(config):
+    """Remove the run that is in out_dir if --overwrite says so; UserError if it does not."""
+    paths = [os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'best.pt')]
+    paths = [path for path in paths if os.path.exists(path)]
+    if paths and not config.overwrite:
+        raise UserError(f'{paths[0]} is there already. Go on with it: --init_from=resume; or '
                         'replace it: --overwrite; or use another --out_dir.')
-    if os.path.realpath(config.init_from) == os.path.realpath(config.out_dir):
+    if paths and os.path.realpath(config.init_from) == os.path.realpath(config.out_dir):
         raise UserError(f'{config.out_dir} cannot be replaced by a run that begins with it. Use '
                         'another --out_dir.')
-    if procs.rank == 0:
-        for path in there:
-            os.remove(path)
+    for path in paths:
+        os.remove(path)
 
 
 def train(config, procs):
     """Run the configuration in this process."""
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = open_model(config, folders)
-    saved = opened.checkpoint
-    data = [tokenfile.fingerprint(folder) for folder in folders]
-    origin = {'init_from': config.init_from, 'data': tokenfile.sources(folders)}
-    if saved:
-        checkpoint.check_resume(saved, opened.description, asdict(config), data)
-        origin = saved.origin
     vocab_size = opened.tokenizer.vocab_size
     train_split = tokenfile.Split(folders, 'train', config.loss_on, vocab_size)
     val_split = tokenfile.Split(folders, 'val', config.loss_on, vocab_size)
@@ -409,46 +364,42 @@ def train(config, procs):
     if config.epochs:
         last_row = min(last_row, math.ceil(config.epochs * train_rows.n_rows))
         config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
-    run = {'data': data, 'origin': origin, 'last_row': last_row}
-    trainer = Trainer(config, procs, opened, train_rows, val_rows, run)
+    was = opened.checkpoint.conditions
+    trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)
 
-    check_out_dir(config, procs)
+    if procs.rank == 0 and not config.eval_only and config.init_from != 'resume':
+        clear_out_dir(config)
     silent = procs.rank > 0
-    log = RunLog(config, trainer.step, trainer.evaluated_at, silent or config.eval_only)
-    if config.eval_only:
-        with StopRequest(silent) as request:
-            print(f'val_loss {trainer.evaluate(request):.4f}')
-        return
-    log.say(train_rows.describe())
-    log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')
-    n_parameters = sum(p.numel() for p in trainer.model.parameters())
-    conditions = trainer.conditions()
-    log.say(f'{opened.description}: {n_parameters / 1e6:.1f} M parameters, {conditions["dtype"]} '
-            f'on {procs.device}, processes: {procs.world}')
-    log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are '
-            f'{last_row / train_rows.n_rows:.2f} epochs')
-    if saved:
-        changed = []
-        for key, now in conditions.items():
-            if saved.conditions.get(key) != now:
-                changed.append(f'{key} was {saved.conditions.get(key)}, is {now}')
-        if changed:
-            log.say(f'from here on not bit for bit the run that was saved: {"; ".join(changed)}')
     with StopRequest(silent) as request:
+        if config.eval_only:
+            print(f'val_loss {trainer.evaluate(request):.4f}')
+            return
+        log = RunLog(config, trainer.state, silent)
+        log.say(train_rows.describe())
+        log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')
+        n_parameters = sum(p.numel() for p in trainer.model.parameters())
+        log.say(f'{opened.description}: {n_parameters / 1e6:.1f} M parameters, in '
+                f'{trainer.conditions()["dtype"]} on {procs.device}, processes: {procs.world}')
+        log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are '
+                f'{last_row / train_rows.n_rows:.2f} epochs')
+        for key, now in trainer.conditions().items():
+            if was and was.get(key) != now:
+                log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
+                        f'is {now}')
         trainer.train(log, request)
     log.finish()
 
 
 def main(argv):
     config = configurator.load(Config, argv, check=False)
+    saved = {}
     if config.init_from == 'resume':
         # The keys of that run are the defaults of this one.
-        path = checkpoint.find(config.out_dir) or os.path.join(config.out_dir, 'ckpt.pt')
+        path = checkpoint.find(config.out_dir)
         saved = checkpoint.load(path).config | {'init_from': 'resume'}
-        config = configurator.load(Config, argv, saved)
+    config = configurator.load(Config, argv, saved)
+    if saved:
         config = replace(config, out_dir=os.path.dirname(path))
-    else:
-        config = configurator.load(Config, argv)
     keep_freed_memory()
     with processes(config) as procs:
         writes = procs.rank == 0 and not config.eval_only

@@ -6,8 +6,9 @@ out_dir/ckpt.pt is the last state of a run, out_dir/best.pt the one with the low
 without what only resuming needs. Nothing in a checkpoint can run code.
 """
 import glob
+import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -32,16 +33,16 @@ class Checkpoint:
     config: dict  # the run's
     step: int  # optimizer steps taken
     val_loss: float | None  # at this step, nats per supervised token
-    seconds: float = 0.0  # spent in steps
     data: list | None = None  # a fingerprint of each data set
     origin: dict | None = None  # what the run began with, and where its data came from
-    # What only resuming needs. best.pt has none of it.
+    seconds: float = 0.0  # spent in steps
+    evaluated_at: int | None = None  # step of the last evaluation
+    best: float = math.inf  # lowest val_loss so far
+    n_worse: int = 0  # evaluations since then
+    interval: tuple = (0.0, 0)  # summed loss and tokens since the last line of the log
+    # Only in ckpt.pt:
     optimizer: dict | None = None
     scaler: dict | None = None
-    best: float | None = None  # lowest val_loss so far
-    n_worse: int | None = None  # evaluations since then
-    evaluated_at: int | None = None  # step of the last evaluation
-    interval: tuple | None = None  # (summed loss, tokens) since the last line of the log
     conditions: dict | None = None  # what decides the bits of later steps, see train.py
     format_version: int = FORMAT_VERSION
 
@@ -61,33 +62,37 @@ def load(path):
         if 'format_version' not in contents and 'iter_num' in contents:
             raise UserError(f"{path} is nanoGPT's. Convert it: python formats/nanogpt.py "
                             f'--input={path} --out=FOLDER, then use --init_from=FOLDER.')
-        version = contents['format_version']
-        if version != FORMAT_VERSION:
-            raise UserError(f'{path} has format {version!r}; this code reads {FORMAT_VERSION}. '
-                            'Use it with the code that wrote it.')
+        if contents['format_version'] != FORMAT_VERSION:
+            raise UserError(f'{path} has format {contents["format_version"]!r}; this code reads '
+                            f'{FORMAT_VERSION}. Use it with the code that wrote it.')
         known = {}
         for field in fields(Checkpoint):
-            if field.name in contents:
-                known[field.name] = contents[field.name]
-                if not isinstance(known[field.name], field.type):
-                    raise ValueError(f'{field.name} has the wrong type')
+            value = contents.get(field.name, field.default)
+            if not isinstance(value, field.type):
+                raise ValueError(f'{field.name} is missing or has the wrong type')
+            known[field.name] = value
         return Checkpoint(**known)
 
 
 def find(out_dir, names=('ckpt.pt',)):
-    """The path of the checkpoint saved last in out_dir or a folder in it; None if there is none.
+    """The path of the checkpoint in the folder saved last: out_dir, or a folder in it.
 
-    names: file names, in order of preference; what counts is the newest folder.
+    names: file names, the preferred one first. Without any checkpoint: where it would be.
     """
     found = []
     for name in names:
-        for pattern in (name, os.path.join('*', name)):
-            found += glob.glob(os.path.join(glob.escape(out_dir), pattern))
-    if not found:
-        return None
-    folder = os.path.dirname(max(found, key=os.path.getmtime))
+        found += glob.glob(os.path.join(glob.escape(out_dir), name))
+        found += glob.glob(os.path.join(glob.escape(out_dir), '*', name))
+    folder = out_dir
+    if found:
+        folder = os.path.dirname(max(found, key=os.path.getmtime))
+    return in_folder(folder, names) or os.path.join(folder, names[0])
+
+
+def in_folder(folder, names):
+    """The path of the first of these files that the folder has, or None."""
     paths = [os.path.join(folder, name) for name in names]
-    return next(path for path in paths if path in found)
+    return next(filter(os.path.exists, paths), None)
 
 
 # ---- resuming ----
@@ -96,43 +101,43 @@ def find(out_dir, names=('ckpt.pt',)):
 FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on',
                    'seed', 'dropout', 'n_layer', 'n_head', 'n_embd', 'bias', 'weight_decay',
                    'beta1', 'beta2')
+NEW_RUN = 'Start a new run with its weights: --init_from=FOLDER and another --out_dir.'
 
 
 def check_resume(checkpoint, path, config, data):
-    """UserError unless a run of this configuration, a dict, on this data can go on from path.
+    """UserError unless a run with this config, a dict, can go on from the Checkpoint at path.
 
     data: the fingerprints of its data sets.
     """
-    if checkpoint.optimizer is None or checkpoint.data is None:
-        raise UserError(f'{path} has no optimizer state (a best.pt never does), so no run can go '
-                        'on from it. Start a new one with its weights: --init_from=FOLDER and '
-                        'another --out_dir.')
+    if checkpoint.optimizer is None:
+        raise UserError(f'{path} has no optimizer state; a best.pt never does. {NEW_RUN}')
     if checkpoint.data != data:
-        raise UserError(f'{config["dataset"]} is not the data that {path} was trained on. Prepare '
-                        'it as it was, or start a new run with another --out_dir.')
+        raise UserError(f'{config["dataset"]} is not the data that {path} was trained on. '
+                        f'Prepare it as it was. Or: {NEW_RUN}')
     changed = []
     for key in FIXED_ON_RESUME:
         if checkpoint.config.get(key) != config[key]:
             changed.append(f'{key} was {checkpoint.config.get(key)!r}, now {config[key]!r}')
     if changed:
-        raise UserError(f'{"; ".join(changed)}: that would be another run. Leave it as it was, or '
-                        'start a new run with another --out_dir.')
+        raise UserError(f'{"; ".join(changed)}: that would be another run. Leave it as it was. '
+                        f'Or: {NEW_RUN}')
 
 
 def restore(checkpoint, path, optimizer, scaler):
     """Give the optimizer and the scaler their saved state. UserError if it does not fit."""
-    with reading(path, 'It cannot be resumed. Start a new run with its weights: '
-                       '--init_from=FOLDER and another --out_dir.'):
+    with reading(path, NEW_RUN):
         # Settings such as the learning rate come from the configuration, not from the file.
         groups = optimizer.state_dict()['param_groups']
-        state = checkpoint.optimizer['state']
-        optimizer.load_state_dict({'state': state, 'param_groups': groups})
-        for p, moments in optimizer.state.items():
-            shapes = {key: value.shape for key, value in moments.items()}
-            if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
-                raise ValueError("the optimizer's state does not fit the model")
-        if len(optimizer.state) not in (0, sum(len(group['params']) for group in groups)):
-            raise ValueError("the optimizer's state is incomplete")
+        optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
+        for group in optimizer.param_groups:
+            for p in group['params']:
+                moments = optimizer.state[p]
+                shapes = {key: moments[key].shape for key in moments}
+                if moments and shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
+                    raise ValueError("the optimizer's state does not fit the model")
+        loss_sum, n_tokens = checkpoint.interval
+        if type(loss_sum) is not float or type(n_tokens) is not int:
+            raise ValueError('interval has the wrong type')
         if scaler.is_enabled() and checkpoint.scaler:  # empty if the run was not in float16
             scaler.load_state_dict(checkpoint.scaler)
 
@@ -145,8 +150,8 @@ class Opened(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     template: str | None  # None if it was never tuned by this code
     description: str  # for a person
-    checkpoint: Checkpoint | None  # None if it does not come from one
-    folder: str
+    checkpoint: Checkpoint | None = None  # None if it does not come from one
+    folder: str = ''
 
 
 def open_checkpoint(path):
@@ -158,6 +163,7 @@ def open_checkpoint(path):
             value = getattr(config, field.name)
             if type(value) is not field.type or (field.type is not str and value < 0):
                 raise ValueError(f'model_args has {field.name}={value!r}')
+        # Checked first, because it may claim a billion layers.
         if sum(name.endswith('.ln_1.weight') for name in saved.model) != config.n_layer:
             raise ValueError('the number of layers')
         with torch.device('meta'):
@@ -168,11 +174,10 @@ def open_checkpoint(path):
             raise ValueError('the size of the vocabulary')
         if TEMPLATES[saved.template].tags and not tokenizer.tags:
             raise ValueError('the template needs tags, the vocabulary has none')
-    description = f'{path} (step {saved.step}'
+    description = f'{path} (step {saved.step})'
     if saved.val_loss is not None:
-        description += f', val_loss {saved.val_loss:.4f}'
-    folder = os.path.dirname(path)
-    return Opened(model, tokenizer, saved.template, f'{description})', saved, folder)
+        description = f'{path} (step {saved.step}, val_loss {saved.val_loss:.4f})'
+    return Opened(model, tokenizer, saved.template, description, saved, os.path.dirname(path))
 
 
 def open_pretrained(name, vocabulary):
@@ -207,10 +212,9 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     """
     names = ('ckpt.pt', 'best.pt') if which == 'last' else ('best.pt', 'ckpt.pt')
     if init_from == 'resume':
-        path = find(out_dir, names) or os.path.join(out_dir, 'ckpt.pt')
+        path = find(out_dir, names)
     else:
-        paths = [os.path.join(init_from, name) for name in names]
-        path = next(filter(os.path.exists, paths), None)
+        path = in_folder(init_from, names)
     if path:
         opened = open_checkpoint(path)
     else:

@@ -47,17 +47,14 @@ def read_config(folder):
 
 def read_weights(folder):
     """{name: tensor} of the folder's weights."""
-    for name in WEIGHTS:
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
-            continue
-        if not name.endswith('.index.json'):
-            return read_weight_file(path)
-        weights = {}
-        for shard in shards(path):
-            weights |= read_weight_file(os.path.join(folder, shard))
-        return weights
-    raise UserError(f'{folder} has no weights: expected {WEIGHTS[0]} or {WEIGHTS[2]}.')
+    paths = [os.path.join(folder, name) for name in WEIGHTS]
+    path = next(filter(os.path.exists, paths), paths[0])
+    if not path.endswith('.index.json'):
+        return read_weight_file(path)
+    weights = {}
+    for shard in shards(path):
+        weights |= read_weight_file(os.path.join(folder, shard))
+    return weights
 
 
 def shards(path):
@@ -147,41 +144,39 @@ def from_hub(name):
 
 def fetch(hub, name, local_files_only):
     """The folder with a hub model's files. EntryNotFoundError if one that is needed is missing."""
-    def get(file):
-        return download(hub, name, file, local_files_only)
-
-    def find(file):
+    def get(file, needed=True):
         try:
-            return get(file)
+            path = hub.hf_hub_download(name, file, local_files_only=local_files_only)
         except hub.errors.EntryNotFoundError:
+            if needed:
+                raise
             return None
+        if not local_files_only:
+            check_download(name, path)
+        return path
+
     folder = os.path.dirname(get('config.json'))
     read_config(folder)  # before the weights, which may be large
     found = None
     for file in WEIGHTS:
-        found = find(file)
-        if found:
-            break
-    if not found:
-        get(WEIGHTS[0])
-    elif found.endswith('.index.json'):
+        found = found or get(file, needed=file == WEIGHTS[-1])
+    if found.endswith('.index.json'):
         for shard in shards(found):
             get(shard)
     for file in VOCABULARY:
-        find(file)
+        get(file, needed=False)
     return folder
 
 
-def download(hub, name, file, local_files_only):
-    """The path of a hub model's file, in the cache. A large file is checked by its sha256."""
-    path = hub.hf_hub_download(name, file, local_files_only=local_files_only)
-    blob = os.path.realpath(path)  # the cache keeps a large file under the hash the hub announced
+def check_download(name, path):
+    """Delete a file that is not what the hub announced. UserError then."""
+    blob = os.path.realpath(path)  # the cache keeps a large file under the hash that was announced
     announced = os.path.basename(blob)
-    if not local_files_only and len(announced) == 64:
-        with open(blob, 'rb') as opened:
-            digest = hashlib.file_digest(opened, 'sha256').hexdigest()
-        if digest != announced:
-            os.remove(blob)
-            raise UserError(f'{name}: {file} arrived with sha256 {digest}, expected {announced}. '
-                            'It was deleted; try again.')
-    return path
+    if len(announced) < 64:
+        return
+    with open(blob, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    if digest != announced:
+        os.remove(blob)
+        raise UserError(f'{name}: {os.path.basename(path)} arrived with sha256 {digest}, expected '
+                        f'{announced}. It was deleted; try again.')

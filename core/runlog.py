@@ -21,21 +21,21 @@ COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 't
 class RunLog:
     """Prints lines and writes log.csv. A silent one, of any process but the first, does nothing."""
 
-    def __init__(self, config, step, evaluated_at, silent):
+    def __init__(self, config, state, silent):
         self.silent = silent
         self.out_dir = config.out_dir
         self.path = os.path.join(config.out_dir, 'log.csv')
         self.trackers = []
-        self.bar = Bar(total=config.max_iters, initial=step, desc='training', unit=' steps',
+        self.bar = Bar(total=config.max_iters, initial=state.step, desc='training', unit=' steps',
                        disable=silent or None)
         if silent:
             return
         rows = []
-        if step:
-            # Of a resumed run: the rows up to its checkpoint.
-            for row in read(config.out_dir):
-                if int(row['step']) <= (evaluated_at if row['val_loss'] else step):
-                    rows.append(row)
+        for row in read(config.out_dir):
+            # Of a run that goes on: the rows up to its checkpoint.
+            last = state.evaluated_at if row['val_loss'] else state.step
+            if state.step and int(row['step']) <= last:
+                rows.append(row)
         with write_whole(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -43,7 +43,7 @@ class RunLog:
         with write_whole(os.path.join(config.out_dir, 'config.json')) as file:
             json.dump(asdict(config), file, indent=1)
         names = config.log.split(',') + ['wandb'] * config.wandb_log
-        self.trackers = [open_tracker(name, config, step) for name in names if name]
+        self.trackers = [open_tracker(name, config, state.step) for name in names if name]
 
     def say(self, text):
         """Print a line, above the progress bar if there is one."""
