@@ -11,7 +11,6 @@ allowed, and the comment at the end of the line is the help text:
 Config files are parsed and never executed. A value is a literal, or arithmetic on literals.
 """
 import ast
-import dataclasses
 import difflib
 import inspect
 import io
@@ -108,7 +107,8 @@ def evaluate(node):
                 return OPERATORS[type(op)](*values)
     if ast.unparse(node) == 'str(time.time())':  # one of nanoGPT's config files names its run so
         return ''
-    raise ValueError(f'found {ast.unparse(node)[:60]!r}, expected a literal or arithmetic on literals')
+    raise ValueError(f'found {ast.unparse(node)[:60]!r}, expected a literal, '
+                     'or arithmetic on literals')
 
 
 def parse_flag(text, kind):

@@ -221,7 +221,7 @@ class DocumentAttention:
 
 
 def can_use_varlen(qkv, n_head):
-    """Whether FlashAttention's kernel takes these: half precision, Ampere or newer, its head sizes."""
+    """Whether FlashAttention's kernel takes these: half precision, on Ampere or newer."""
     if not qkv.is_cuda or qkv.dtype not in (torch.bfloat16, torch.float16):
         return False
     size = qkv.shape[1] // 3 // n_head

@@ -10,9 +10,9 @@ needs only the weights, the optimizer's state and the number of the step.
 import math
 import os
 import shlex
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -23,11 +23,12 @@ from core import checkpoint, tokenfile
 from core import tokenizer as tokenizers
 from core.checkpoint import Checkpoint
 from core.conversation import TEMPLATES
-from core.device import autocast, keep_freed_memory, pick_dtype
-from core.files import only_writer
+from core.device import keep_freed_memory
+from core.files import only_writer, reading
 from core.processes import StopRequest, processes
 from core.rows import Rows
-from core.runlog import RunLog, duration
+from core.runlog import RunLog
+from core.trainer import Trainer, learning_rate
 from model import GPT, GPTConfig
 
 
@@ -52,7 +53,7 @@ class Config:
     batch_size: Count = 4            # rows in a micro-batch
     gradient_accumulation_steps: Count = 4  # micro-batches in a step, shared among the processes
     block_size: Count = 1024         # positions in a row; longer conversations are left out
-    loss_on: Literal['response', 'all'] = 'response'  # learn what the assistant says, or every token
+    loss_on: Literal['response', 'all'] = 'response'  # the tokens that are learned
     # the shape of a model from scratch; a pretrained one brings its own
     n_layer: Count = 12              # layers
     n_head: Count = 12               # attention heads
@@ -89,36 +90,15 @@ class Config:
             yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
 
 
-def learning_rate(config, step):
-    """Linear warm-up over warmup_iters, then a cosine down to min_lr at lr_decay_iters."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if not config.decay_lr:
-        return config.learning_rate
-    n_decay = (config.lr_decay_iters or config.max_iters) - config.warmup_iters
-    done = min(1.0, (step - config.warmup_iters) / max(1, n_decay))
-    share = 0.5 * (1 + math.cos(math.pi * done))
-    return config.min_lr + share * (config.learning_rate - config.min_lr)
-
-
-def make_optimizer(config, model):
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{'params': matrices, 'weight_decay': config.weight_decay},
-              {'params': others, 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
-                             betas=(config.beta1, config.beta2))
-
-
 def open_model(config, folders):
     """The checkpoint.Opened to train, whose state is where the run begins or goes on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
-    if len({meta['tokenizer']['sha256'] for meta in metas}) > 1:
-        raise UserError(f'{config.dataset} were prepared with different vocabularies.')
     template = metas[0]['template']
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
-    tokenizer = tokenizers.from_state({**metas[0]['tokenizer'], 'tags': tags})
+    with reading(f'{config.dataset}: its vocabulary', 'Prepare the data again.'):
+        tokenizer = tokenizers.from_state(metas[0]['tokenizer'] | {'tags': tags})
+        if any(meta['tokenizer']['sha256'] != tokenizer.sha256 for meta in metas):
+            raise UserError(f'{config.dataset} were prepared with different vocabularies.')
     if config.init_from == 'scratch':
         torch.manual_seed(config.seed)
         model = GPT(GPTConfig(
@@ -144,195 +124,82 @@ def open_model(config, folders):
     return opened._replace(checkpoint=state)
 
 
-class Trainer:
-    """One run. Its `state`, a Checkpoint, holds all that changes from step to step."""
-
-    def __init__(self, config, procs, opened, train_rows, val_rows, last_row):
-        self.config = config
-        self.procs = procs
-        self.state = opened.checkpoint
-        self.train_rows = train_rows
-        self.val_rows = val_rows  # None if the validation set is empty
-        self.last_row = last_row  # where the run ends
-        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.model = opened.model.to(procs.device)
-        for p in self.model.parameters():
-            p.data = p.data.contiguous()  # transformers' weights come as transposed views
-        if config.compile:
-            self.model.compile()
-        self.dtype = pick_dtype(config.dtype, procs.device)
-        self.loss = procs.wrap(self.model)
-        self.optimizer = make_optimizer(config, self.model)
-        self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
-        if self.state.optimizer:
-            checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
-        self.grad_norm = 0.0
-        self.stopped = False  # by a signal to any of the processes
-
-    def epoch(self):
-        """Passes over the data so far."""
-        return self.state.step * self.rows_per_step / self.train_rows.n_rows
-
-    def conditions(self):
-        """What decides the bits of the steps to come, besides what a resume may not change."""
-        config = self.config
-        kind = self.procs.device.split(':')[0]
-        hardware = torch.backends.cpu.get_cpu_capability()
-        if kind == 'cuda':
-            hardware = torch.cuda.get_device_name()
-        keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
-        return {**{key: getattr(config, key) for key in keys},
-                'lr_decay_iters': config.decay_lr and (config.lr_decay_iters or config.max_iters),
-                'dtype': str(self.dtype).removeprefix('torch.'), 'device': f'{kind} {hardware}',
-                'processes': self.procs.world, 'threads': torch.get_num_threads(),
-                'torch': str(torch.__version__)}
-
-    def train_step(self, request):
-        """One optimizer step on the loss per supervised token, over all micro-batches and processes."""
-        config = self.config
-        procs = self.procs
-        state = self.state
-        started = time.perf_counter()
-        start = state.step * self.rows_per_step
-        stop = min(start + self.rows_per_step, self.last_row)
-        n_tokens = self.train_rows.n_supervised(start, stop)  # of all processes
-        torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + procs.rank)
-        losses = []
-        rows_at_once = procs.world * config.batch_size
-        for first in range(start, stop, rows_at_once):
-            # Each process takes its own batch_size rows of these.
-            begin = first + procs.rank * config.batch_size
-            weight = 1
-            if begin >= stop:
-                # No rows are left, but the others wait for our gradients: any row, times 0.
-                begin = start
-                weight = 0
-            batch = self.train_rows.batch(begin, min(begin + config.batch_size, stop))
-            # Gradients are summed over the processes at the last micro-batch only.
-            is_last = first + rows_at_once >= stop
-            with nullcontext() if is_last else procs.no_sync(self.loss):
-                with autocast(procs.device, self.dtype):
-                    loss = self.loss(batch) * weight
-                self.scaler.scale(loss / n_tokens).backward()
-            losses.append(loss.detach())
-        self.scaler.unscale_(self.optimizer)
-        largest = config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(config, state.step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.grad_norm = norm.item()
-        # A signal to one of the processes must stop all of them after the same step.
-        loss_sum, n_asked = procs.sum(sum(loss.item() for loss in losses), request.asked)
-        self.stopped = n_asked > 0
-        state.step += 1
-        state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
-        state.seconds += time.perf_counter() - started
-
-    @torch.no_grad()
-    def evaluate(self, request):
-        """val_loss in nats per supervised token; None if a signal came meanwhile."""
-        config = self.config
-        procs = self.procs
-        self.model.eval()
-        loss_sum = 0.0
-        n_tokens = 0
-        for batch in self.val_rows.batches(config.batch_size, procs.rank, procs.world,
-                                           config.eval_iters, 'evaluating'):
-            with autocast(procs.device, self.dtype):
-                loss_sum += self.model.loss(batch).item()
-            n_tokens += len(batch.targets)
-            if request.asked:
-                break
-        self.model.train()
-        loss_sum, n_tokens, n_asked = procs.sum(loss_sum, n_tokens, request.asked)
-        self.stopped = n_asked > 0
-        return None if self.stopped else loss_sum / n_tokens
-
-    def save(self, name, val_loss=None):
-        """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
-        if self.procs.rank > 0:
-            return
-        saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
-                        config=asdict(self.config), optimizer=None, scaler=None)
-        if name == 'ckpt.pt':
-            saved.optimizer = self.optimizer.state_dict()
-            saved.scaler = self.scaler.state_dict()
-            saved.conditions = self.conditions()
-        checkpoint.save(saved, os.path.join(self.config.out_dir, name))
-
-    def evaluate_and_save(self, log, request, is_last):
-        """Evaluate, log it, and write the checkpoints that are due."""
-        state = self.state
-        val_loss = self.evaluate(request) if self.val_rows else None
-        if self.stopped:
-            return
-        state.evaluated_at = state.step
-        if val_loss is None:
-            if state.step or is_last:
-                self.save('ckpt.pt')
-            return
-        better = val_loss < state.best
-        state.n_worse = 0 if better else state.n_worse + 1
-        state.best = min(state.best, val_loss)
-        line = f'step {state.step}/{self.config.max_iters} | val_loss {val_loss:.4f}'
-        # First the row, then best.pt, then ckpt.pt: killed in between, the run comes back from the
-        # older ckpt.pt and writes all of them again.
-        log.write(step=state.step, epoch=f'{self.epoch():.4f}', val_loss=repr(val_loss),
+def evaluate_and_save(trainer, log, request, is_last):
+    """Evaluate, log it, and write the checkpoints that are due."""
+    config = trainer.config
+    state = trainer.state
+    val_loss = trainer.evaluate(request)
+    if trainer.stopped:
+        return
+    state.evaluated_at = state.step
+    better = val_loss is not None and val_loss < state.best
+    if better:
+        state.best = val_loss
+        state.n_worse = 0
+    elif val_loss is not None:
+        state.n_worse += 1
+    # First the row, then best.pt, then ckpt.pt: killed in between, the run comes back from the
+    # older ckpt.pt and writes all of them again.
+    if val_loss is not None:
+        log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', val_loss=repr(val_loss),
                   seconds=f'{state.seconds:.2f}')
-        if state.step or is_last:  # nothing is learned at step 0
-            if better:
-                self.save('best.pt', val_loss)
-                line += ' (best so far)'
-            if better or self.config.always_save_checkpoint:
-                self.save('ckpt.pt', val_loss)
-                line += ' | saved'
-        log.say(line)
+    saves = state.step > 0 or is_last  # nothing is learned at step 0
+    if saves and better:
+        trainer.save('best.pt', val_loss)
+    if saves and (better or val_loss is None or config.always_save_checkpoint):
+        trainer.save('ckpt.pt', val_loss)
+    if val_loss is not None:
+        best = ' (best so far)' if better else ''
+        log.say(f'step {state.step}/{config.max_iters} | val_loss {val_loss:.4f}{best}')
 
-    def train(self, log, request):
-        """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
-        config = self.config
-        state = self.state
-        last_line = replace(state)  # the state at the last line of the log
-        self.model.train()
-        while True:
-            is_last = state.step >= config.max_iters
-            due = state.step % config.eval_interval == 0 or is_last
-            if due and state.evaluated_at != state.step and not self.stopped:
-                self.evaluate_and_save(log, request, is_last)
-            out_of_patience = 0 < config.patience <= state.n_worse
-            if is_last or self.stopped or out_of_patience:
-                break
-            self.train_step(request)
-            log.bar.update()
-            if state.step % config.log_interval == 0 or state.step == config.max_iters:
-                self.log_line(log, last_line)
-                state.interval = (0.0, 0)
-                last_line = replace(state)
-        resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
-        if self.stopped:
-            self.save('ckpt.pt')
-            log.say(f'stopped after step {state.step}. Go on: python train.py {resume}')
-            return
-        if not is_last:
-            log.say(f'no better val_loss in {config.patience} evaluations')
-        log.say(f'finished. Talk to it: python sample.py {resume} --chat')
 
-    def log_line(self, log, before):
-        """Report the steps since `before`, the state at the last line."""
-        state = self.state
-        loss_sum, n_tokens = state.interval
-        lr = learning_rate(self.config, state.step - 1)
-        took = state.seconds - before.seconds
-        tokens_per_s = (n_tokens - before.interval[1]) / took
-        left = (self.config.max_iters - state.step) * took / (state.step - before.step)
-        log.write(step=state.step, epoch=f'{self.epoch():.4f}', loss=repr(loss_sum / n_tokens),
-                  learning_rate=repr(lr), grad_norm=repr(self.grad_norm),
-                  tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{state.seconds:.2f}')
-        log.say(f'step {state.step}/{self.config.max_iters} | loss {loss_sum / n_tokens:.4f} | '
-                f'lr {lr:.2e} | {tokens_per_s:,.0f} supervised tokens/s | {duration(left)} left')
+def log_line(trainer, log, before):
+    """Report the steps since `before`, the state at the last line of the log."""
+    config = trainer.config
+    state = trainer.state
+    loss_sum, n_tokens = state.interval
+    lr = learning_rate(config, state.step - 1)
+    took = state.seconds - before.seconds
+    tokens_per_s = (n_tokens - before.interval[1]) / took
+    left = (config.max_iters - state.step) * took / (state.step - before.step)
+    log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', loss=repr(loss_sum / n_tokens),
+              learning_rate=repr(lr), grad_norm=repr(trainer.grad_norm),
+              tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{state.seconds:.2f}')
+    log.say(f'step {state.step}/{config.max_iters} | loss {loss_sum / n_tokens:.4f} | '
+            f'lr {lr:.2e} | {tokens_per_s:,.0f} supervised tokens/s | '
+            f'{timedelta(seconds=round(left))} left')
+
+
+def loop(trainer, log, request):
+    """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
+    config = trainer.config
+    state = trainer.state
+    before = replace(state)  # at the last line of the log
+    trainer.model.train()
+    while True:
+        is_last = state.step >= config.max_iters
+        due = state.step % config.eval_interval == 0 or is_last
+        if due and state.evaluated_at != state.step:
+            evaluate_and_save(trainer, log, request, is_last)
+        out_of_patience = 0 < config.patience <= state.n_worse
+        if is_last or trainer.stopped or out_of_patience:
+            break
+        trainer.train_step(request)
+        log.bar.update()
+        if state.step % config.log_interval == 0 or state.step == config.max_iters:
+            log_line(trainer, log, before)
+            state.interval = (0.0, 0)
+            before = replace(state)
+        if trainer.stopped:
+            break
+    resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
+    if trainer.stopped:
+        trainer.save('ckpt.pt')
+        log.say(f'stopped after step {state.step}. Go on: python train.py {resume}')
+        return
+    if not is_last:
+        log.say(f'no better val_loss in {config.patience} evaluations')
+    log.say(f'finished. Talk to it: python sample.py {resume} --chat')
 
 
 def clear_out_dir(config):
@@ -386,7 +253,7 @@ def train(config, procs):
             if was and was.get(key) != now:
                 log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
                         f'is {now}')
-        trainer.train(log, request)
+        loop(trainer, log, request)
     log.finish()
 
 

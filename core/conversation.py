@@ -1,6 +1,6 @@
 """What a conversation is, and the one way from it to ids: the templates and the loss mask.
 
-    python -c "from core.conversation import *; print(to_text([Turn('user', 'Hi'), Turn('assistant', 'Hello')]))"
+    python -c "from core import conversation as c; print(c.to_text([c.Turn('user', 'Hi')]))"
 
 The template `xml`, its supervised tokens underlined:
 
@@ -21,7 +21,7 @@ from core.tokenizer import END_OF_TEXT, TAGS
 
 
 class Turn(NamedTuple):
-    """One message. context: what Alpaca calls input. An unsupervised answer is read, not learned."""
+    """One message. context: what Alpaca calls input. supervised: whether an answer is learned."""
     role: str  # user or assistant
     text: str
     context: str = ''
@@ -57,12 +57,12 @@ class Template:
 
     @property
     def lead(self):
-        """What stands directly before an answer's text without belonging to it: a space or nothing."""
+        """What stands before an answer's text without belonging to it: a space or nothing."""
         before, = (part for part in self.assistant if '{text}' in part)
         return before.removesuffix('{text}')
 
     def turn(self, turn):
-        """The turn as pieces [(text or Special, supervised), …]; ValueError if it forges the form."""
+        """The turn as pieces [(text or Special, supervised)]; ValueError if it forges the form."""
         parts = self.assistant
         if turn.role == 'user':
             parts = self.user

@@ -88,7 +88,8 @@ def only_writer(folder, option='out_dir'):
         raise UserError(f'another process is writing to {folder}. Wait until it ends, or use '
                         f'--{option}=FOLDER.') from None
     except OSError as error:
-        raise UserError(f'cannot write to {folder}: {error.strerror}. Use --{option}=FOLDER.') from None
+        raise UserError(f'cannot write to {folder}: {error.strerror}. '
+                        f'Use --{option}=FOLDER.') from None
     try:
         yield
     finally:

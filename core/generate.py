@@ -23,8 +23,8 @@ class KVCache:
     def __call__(self, layer, qkv):
         """Attention: qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
         _, B, n_head, _, size = self.k.shape
-        q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)  # each (B, n_head, t, size)
-        t = q.shape[2]
+        q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)
+        t = q.shape[2]  # each of them is (B, n_head, t, size)
         keys = self.k[layer, :, :, :self.end]
         values = self.v[layer, :, :, :self.end]
         if self.at is None:
@@ -98,8 +98,8 @@ def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top
              seed=0, stops=()):
     """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
 
-    prompts: lists of ids, of any lengths. An answer ends with a token of `stops`, or when its window
-    is full, because learned positions cannot be moved on; from then on the list has None for it.
+    prompts: lists of ids, of any lengths. An answer ends with a token of `stops`, or when its
+    window is full: learned positions cannot be moved on. From then on the list has None for it.
     The generator ends when all answers have, or after max_new_tokens. temperature=0 is greedy.
     """
     window = model.config.block_size
@@ -132,7 +132,7 @@ def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top
 
 
 def choose(logits, temperature, top_k, top_p, generator):
-    """Tokens (B,) int64 for logits (B, V) float32: the likeliest, or drawn after top_k and top_p."""
+    """Tokens (B,) int64 for logits (B, V) float32: the likeliest, or drawn."""
     if temperature < 1e-5:  # 0, or so little that the logits would overflow
         return logits.argmax(-1)
     logits = logits / temperature

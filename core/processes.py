@@ -35,7 +35,7 @@ class Processes:
         return tensor.tolist()
 
     def wrap(self, model):
-        """A module that maps a Batch to model.loss(batch) and sums the gradients of all processes."""
+        """A module that maps a Batch to its loss, and sums the gradients of all processes."""
         module = LossModule(model)
         if self.world > 1:
             module = DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -85,7 +85,7 @@ def processes(config):
     backend = 'gloo'
     device_id = None
     if device.startswith('cuda'):
-        # One GPU each, whichever --device names. Without the variable a lost process goes unnoticed.
+        # One GPU each, whichever --device names. The variable lets us notice a lost process.
         backend = 'nccl'
         os.environ['TORCH_NCCL_BLOCKING_WAIT'] = '1'
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -133,7 +133,7 @@ class StopRequest:
         self.__exit__()
         if not self.silent:
             # Not print, which may be what was interrupted.
-            os.write(2, b'\nstopping after this step; once more to stop at once and lose what is not saved\n')
+            os.write(2, b'\nstopping after this step; once more to stop at once, without saving\n')
 
     def __exit__(self, *_):
         for name, handler in self.before.items():

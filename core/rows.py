@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
     idx, positions (N,) int64: each conversation without its last token; positions restart in each.
     runs: [(how many, length), …] of the conversations, in order.
-    at (S,) int64: where in the stream a supervised token is predicted; targets (S,) int64: that token.
+    at (S,) int64: where in the stream supervised tokens are predicted; targets (S,) int64: those.
     """
     idx: np.ndarray
     positions: np.ndarray
@@ -95,7 +95,7 @@ class Rows:
                 'no supervised token.')
         self.n_rows = len(self.epoch(0))  # the same in each epoch
 
-    @lru_cache(maxsize=2)
+    @lru_cache(maxsize=2)  # noqa: B019  (there are two Rows in a process, and they stay)
     def epoch(self, epoch):
         """The rows of one epoch, lists of conversations. Not shuffled if seed is None."""
         if self.seed is None:
@@ -134,7 +134,7 @@ class Rows:
     def batches(self, batch_size, first=0, every=1, limit=0, what=''):
         """Yield the Batches of one epoch: number `first`, then each `every`th.
 
-        limit: the number of batches in all; 0 for the whole epoch. what: the name of a progress bar.
+        limit: the number of batches in all; 0 for the whole epoch. what: names a progress bar.
         """
         n = -(-self.n_rows // batch_size)
         numbers = range(first, min(n, limit or n), every)

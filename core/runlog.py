@@ -88,8 +88,9 @@ def open_tracker(name, config, step):
             return track
         if name == 'wandb':
             import wandb
-            run = wandb.init(project=config.wandb_project or None, dir=config.out_dir,
-                             name=config.wandb_run_name or None, config=asdict(config), resume='auto')
+            run = wandb.init(dir=config.out_dir, config=asdict(config), resume='auto',
+                             project=config.wandb_project or None,
+                             name=config.wandb_run_name or None)
             return lambda numbers, step: run.log(numbers, step=step)
     except ImportError:
         raise UserError(f'log={name} needs a package: pip install {name}. log.csv is written '
@@ -104,15 +105,6 @@ def read(out_dir):
         return []
     with reading(path), open(path, newline='', encoding='utf-8') as file:
         return [row for row in csv.DictReader(file) if row['step'].isdigit() and row['seconds']]
-
-
-def duration(seconds):
-    """Seconds as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f'{hours}:{minutes:02}:{seconds:02}'
-    return f'{minutes}:{seconds:02}'
 
 
 def plot(out_dir):

@@ -1,10 +1,10 @@
 """The files of a prepared data set: written whole or not at all, read by memory map.
 
-    python -c "from core import tokenfile; print(tokenfile.Split(['data/oasst'], 'train').lengths.mean())"
+    python -c "from core import tokenfile as t; print(t.Split(['data/oasst'], 'train').lengths)"
 
 For each split a folder holds SPLIT.bin (uint16 ids, one conversation after another, as nanoGPT has
 it), SPLIT.mask.bin (uint8, 1 on supervised tokens) and SPLIT.idx.bin (int64, where each
-conversation starts, and the end); and meta.json. It is written last: where it is, the rest is whole.
+conversation starts, and the end). meta.json is written last: where it is, the rest is whole.
 """
 import contextlib
 import hashlib
@@ -15,10 +15,12 @@ import shutil
 import numpy as np
 
 from configurator import REPOSITORY, UserError
+from core.conversation import TEMPLATES
 from core.files import flush, flush_folder, only_writer, reading
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
+COUNTS = ('conversations', 'tokens', 'supervised_tokens')  # of a split, in meta.json
 
 
 class Writer:
@@ -36,7 +38,7 @@ class Writer:
         self.partial = os.path.join(folder, '.partial')
         self.counts = {}
         for split in splits:
-            self.counts[split] = {'conversations': 0, 'tokens': 0, 'supervised_tokens': 0}
+            self.counts[split] = dict.fromkeys(COUNTS, 0)
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -117,28 +119,18 @@ def find_folders(dataset, data_dir):
     return folders
 
 
-def how_to_make(folder):
-    """What to do if the folder is not prepared."""
-    script = os.path.join(folder, 'prepare.py')
-    if os.path.exists(script):
-        return f'Run: python {os.path.relpath(script)}'
-    return 'Expected a folder that a data/*/prepare.py has written.'
-
-
 def read_meta(folder):
     """meta.json of a prepared folder, checked."""
     path = os.path.join(folder, 'meta.json')
-    with reading(path, how_to_make(folder)):
+    with reading(path, 'Prepare the data first: python data/oasst/prepare.py, or another one.'):
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
         if meta['format_version'] != FORMAT_VERSION:
             raise ValueError(f"format {meta['format_version']!r}, this code reads {FORMAT_VERSION}")
-        texts = [meta['template'], meta['tokenizer']['name'], meta['tokenizer']['sha256']]
-        counts = []
+        if meta['template'] not in TEMPLATES:
+            raise ValueError(f"template {meta['template']!r}, known are {', '.join(TEMPLATES)}")
         for split in meta['splits'].values():
-            counts += [split['conversations'], split['tokens'], split['supervised_tokens']]
-        if set(map(type, texts)) != {str} or set(map(type, counts)) != {int}:
-            raise ValueError('values of wrong types')
+            sum(split[key] for key in COUNTS)  # an error, unless all of them are numbers
     return meta
 
 
@@ -215,9 +207,8 @@ def open_split(folder, split, vocab_size):
                 arrays.append(np.zeros(0, dtype))
     ids, mask, starts = arrays
     counts = meta['splits'][split]
-    found = {'conversations': len(starts) - 1, 'tokens': len(ids),
-             'supervised_tokens': int(np.count_nonzero(mask))}
-    expected = {key: counts[key] for key in found}
+    found = dict(zip(COUNTS, (len(starts) - 1, len(ids), int(np.count_nonzero(mask)))))
+    expected = {key: counts[key] for key in COUNTS}
     whole = (found == expected and len(mask) == len(ids) and starts[0] == 0
              and starts[-1] == len(ids) and (np.diff(starts) > 0).all() and not (mask > 1).any())
     if not whole:

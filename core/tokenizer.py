@@ -164,7 +164,9 @@ def read_folder(path, tags):
             with open(os.path.join(path, 'merges.txt'), encoding='utf-8') as file:
                 merges = [line for line in file.read().split('\n') if line[:8] != '#version']
             added = read_added_tokens(path)
-        merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in merges if merge]
+        merged = []
+        for merge in filter(None, merges):  # 'a b', or ['a', 'b']
+            merged.append(''.join(merge).replace(' ', ''))
         if END_OF_TEXT in vocab:
             added.setdefault(END_OF_TEXT, vocab[END_OF_TEXT])
         text = [token for token in vocab if token not in added]
@@ -178,7 +180,7 @@ def read_folder(path, tags):
             raise ValueError('the ids have gaps')
         if sorted(tokenizer.tokens[:256]) != [bytes([b]) for b in range(256)]:
             raise ValueError('the first 256 tokens are not the 256 bytes')
-        if text[256:] != list(dict.fromkeys(''.join(merge) for merge in merges)):
+        if text[256:] != list(dict.fromkeys(merged)):
             raise ValueError('the ids are not in the order of merging')
         if tokenizer.with_tags().vocab_size > 2 ** 16:
             raise ValueError('more tokens than 16 bits can count')

@@ -1,0 +1,162 @@
+"""A run's steps: the learning rate, one optimizer step, evaluation and saving.
+
+train.py makes a Trainer and calls it until the run is over.
+"""
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+
+import torch
+
+from core import checkpoint
+from core.device import autocast, pick_dtype
+
+
+def learning_rate(config, step):
+    """Linear warm-up over warmup_iters, then a cosine down to min_lr at lr_decay_iters."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if not config.decay_lr:
+        return config.learning_rate
+    n_decay = (config.lr_decay_iters or config.max_iters) - config.warmup_iters
+    done = min(1.0, (step - config.warmup_iters) / max(1, n_decay))
+    share = 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + share * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(config, model):
+    """AdamW with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{'params': matrices, 'weight_decay': config.weight_decay},
+              {'params': others, 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
+                             betas=(config.beta1, config.beta2))
+
+
+class Trainer:
+    """One run. Its `state`, a Checkpoint, holds all that changes from step to step."""
+
+    def __init__(self, config, procs, opened, train_rows, val_rows, last_row):
+        self.config = config
+        self.procs = procs
+        self.state = opened.checkpoint
+        self.train_rows = train_rows
+        self.val_rows = val_rows  # None if the validation set is empty
+        self.last_row = last_row  # where the run ends
+        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.model = opened.model.to(procs.device)
+        for p in self.model.parameters():
+            p.data = p.data.contiguous()  # transformers' weights come as transposed views
+        if config.compile:
+            self.model.compile()
+        self.dtype = pick_dtype(config.dtype, procs.device)
+        self.loss = procs.wrap(self.model)
+        self.optimizer = make_optimizer(config, self.model)
+        self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
+        if self.state.optimizer:
+            checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
+        self.grad_norm = 0.0
+        self.stopped = False  # by a signal to any of the processes
+
+    def epoch(self):
+        """Passes over the data so far."""
+        return self.state.step * self.rows_per_step / self.train_rows.n_rows
+
+    def conditions(self):
+        """What decides the bits of the steps to come, besides what a resume may not change."""
+        config = self.config
+        kind = self.procs.device.split(':')[0]
+        hardware = torch.backends.cpu.get_cpu_capability()
+        if kind == 'cuda':
+            hardware = torch.cuda.get_device_name()
+        keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
+        return {**{key: getattr(config, key) for key in keys},
+                'lr_decay_iters': config.decay_lr and (config.lr_decay_iters or config.max_iters),
+                'dtype': str(self.dtype).removeprefix('torch.'), 'device': f'{kind} {hardware}',
+                'processes': self.procs.world, 'threads': torch.get_num_threads(),
+                'torch': str(torch.__version__)}
+
+    def train_step(self, request):
+        """One optimizer step.
+
+        Its loss is the sum over the supervised tokens of all micro-batches and processes, divided
+        by their number.
+        """
+        config = self.config
+        procs = self.procs
+        state = self.state
+        started = time.perf_counter()
+        start = state.step * self.rows_per_step
+        stop = min(start + self.rows_per_step, self.last_row)
+        n_tokens = self.train_rows.n_supervised(start, stop)  # of all processes
+        torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + procs.rank)
+        losses = []
+        rows_at_once = procs.world * config.batch_size
+        for first in range(start, stop, rows_at_once):
+            # Each process takes its own batch_size rows of these.
+            begin = first + procs.rank * config.batch_size
+            weight = 1
+            if begin >= stop:
+                # No rows are left, but the others wait for our gradients: any row, times 0.
+                begin = start
+                weight = 0
+            batch = self.train_rows.batch(begin, min(begin + config.batch_size, stop))
+            # Gradients are summed over the processes at the last micro-batch only.
+            is_last = first + rows_at_once >= stop
+            with nullcontext() if is_last else procs.no_sync(self.loss):
+                with autocast(procs.device, self.dtype):
+                    loss = self.loss(batch) * weight
+                self.scaler.scale(loss / n_tokens).backward()
+            losses.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        largest = config.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(config, state.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.grad_norm = norm.item()
+        # A signal to one of the processes must stop all of them after the same step.
+        loss_sum, n_asked = procs.sum(sum(loss.item() for loss in losses), request.asked)
+        self.stopped = n_asked > 0
+        state.step += 1
+        state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
+        state.seconds += time.perf_counter() - started
+
+    @torch.no_grad()
+    def evaluate(self, request):
+        """val_loss in nats per supervised token; None without validation set, or after a signal."""
+        config = self.config
+        procs = self.procs
+        if not self.val_rows:
+            return None
+        self.model.eval()
+        loss_sum = 0.0
+        n_tokens = 0
+        for batch in self.val_rows.batches(config.batch_size, procs.rank, procs.world,
+                                           config.eval_iters, 'evaluating'):
+            with autocast(procs.device, self.dtype):
+                loss_sum += self.model.loss(batch).item()
+            n_tokens += len(batch.targets)
+            if request.asked:
+                break
+        self.model.train()
+        loss_sum, n_tokens, n_asked = procs.sum(loss_sum, n_tokens, request.asked)
+        self.stopped = n_asked > 0
+        return None if self.stopped else loss_sum / n_tokens
+
+    def save(self, name, val_loss=None):
+        """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
+        if self.procs.rank > 0:
+            return
+        saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
+                        config=asdict(self.config), optimizer=None, scaler=None)
+        if name == 'ckpt.pt':
+            saved.optimizer = self.optimizer.state_dict()
+            saved.scaler = self.scaler.state_dict()
+            saved.conditions = self.conditions()
+        checkpoint.save(saved, os.path.join(self.config.out_dir, name))
