@@ -1,35 +1,44 @@
-# make demo: install, prepare, train and question a small model, on a bare machine with two cores.
-# make chat: open that model in the browser, beside the untrained one (after make demo).
-# make test: install what the tests need and run them.
+# make demo: install, prepare, train and question a small model, on a bare machine with two cores
+# make chat: open that model in the browser, beside its base (after make demo)
+# make test: install what the tests need and run them
+# make lint: look for mistakes that a program can find
+#
+# On Linux, plain torch brings gigabytes of CUDA libraries. For the small CPU build:
+#     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
+TORCH_INDEX ?=
 BIN = .venv/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM = false
 
 demo: .venv/demo
 	$(BIN)/python demo/run.py
 
 chat: .venv/serve
-	$(BIN)/python serve.py --init_from=out/capitals --compare=out/capitals-untrained --temperature=0
+	$(BIN)/python serve.py --init_from=out/demo --compare=out/demo-base --temperature=0
 
 test: .venv/test
 	$(BIN)/python -m pytest -q tests
 
+lint: .venv/test
+	$(BIN)/ruff check .
+
 .venv/demo: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.txt)
+	$(PIP) -r requirements.txt
 	touch $@
 
 .venv/serve: .venv/demo requirements-serve.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	$(PIP) -r requirements-serve.txt
 	touch $@
 
 .venv/test: .venv/serve requirements-test.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	touch $@
 
 clean:
 	rm -rf .venv out
 
-.PHONY: demo chat test clean
+.PHONY: demo chat test lint clean

@@ -1,17 +1,24 @@
-"""distilgpt2 on Stanford's 52,002 instructions: what a laptop can follow, on CUDA, MPS or CPU.
+"""distilgpt2 on Stanford Alpaca's 52,002 instructions, on CUDA, Apple's MPS or a CPU.
 
     python data/alpaca/prepare.py --max_tokens=513
     python train.py config/finetune_alpaca.py
-    python sample.py --out_dir=out/alpaca --user="Give three tips for staying healthy."
+    python evaluate.py --models=distilgpt2,out/alpaca --dataset=alpaca     # answers side by side
 
-The data are CC BY-NC 4.0: what is trained on them is not for commercial use.
+The data are CC BY-NC 4.0: a model trained on them is not for commercial use.
 
-A row of 512 positions holds a conversation of 513 tokens; that leaves out 68 of the 52,002. Needs
-82e6 * 16 bytes = 1.3 GB for the parameters in float32, gradients and AdamW's two moments, and what a
-micro-batch keeps for the way back. On a CPU a pass takes hours (two shared cores: about a minute a
-step); for a look there: --max_iters=50 --eval_interval=25 --eval_iters=10.
-The corrected set: python data/alpaca/prepare.py --source=alpaca-cleaned --max_tokens=513, then
-python train.py config/finetune_alpaca.py --dataset=alpaca-cleaned --out_dir=out/alpaca-cleaned.
+Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what a micro-batch keeps for the backward pass. On a
+CPU a pass takes hours: two shared cores need about a minute a step. For a look:
+--max_iters=50 --eval_interval=25 --eval_iters=10. The corrected data: prepare with
+--source=alpaca-cleaned, train with --dataset=alpaca-cleaned --out_dir=out/alpaca-cleaned.
+
+As published (the InstructAI project) / here
+- The same: distilgpt2 on Stanford's 52,002 rows; base and tuned answers side by side.
+- The prompt begins with "### Instruction:" / Stanford's own prompt, with its first sentence.
+- Loss on the whole sequence / on the response. As published: --loss_on=all.
+- The project does not state its learning rate, batch size and epochs / Stanford's number of epochs and
+  share of warm-up; a higher learning rate, since Stanford's 2e-5 was for 7 billion parameters.
+- Rows of over 513 tokens: unknown / left out, 68 of the 52,002.
+- No loss was published. Expected loss and time are unknown: no weights could be downloaded here.
 """
 out_dir = 'out/alpaca'
 init_from = 'distilgpt2'
@@ -22,12 +29,12 @@ batch_size = 4
 gradient_accumulation_steps = 8
 block_size = 512
 
-# The 49,242 conversations fill 10,727 rows: 335 steps of 32 rows a pass. Three passes, as Stanford's.
+# 49,242 conversations fill 10,727 rows: 335 steps of 32 rows a pass. Three passes.
 max_iters = 3 * 335
 eval_interval = 67  # five times a pass
 patience = 5
 
-learning_rate = 5e-5  # Stanford's 2e-5 was for 7 billion parameters
-warmup_iters = 30  # 3 % of the steps, as Stanford's
+learning_rate = 5e-5
+warmup_iters = 30  # 3 % of the steps
 weight_decay = 0.0
 dropout = 0.0

@@ -1,14 +1,24 @@
-"""gpt2-medium on OpenAssistant: question and first answers, as XML-tagged conversations.
+"""gpt2-medium on OpenAssistant: questions and first answers, as XML-tagged conversations.
 
     python data/oasst/prepare.py
     python train.py config/finetune_oasst.py
-    python sample.py --out_dir=out/oasst --user="What's the capital of France?"
-    python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst --quiz=capitals   # before and after
+    python sample.py --init_from=resume --start="<conversation><user>What's the capital of France?</user><assistant>"
+    python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst     # before and after
 
-Needs about 12 GB on a GPU: 355 M parameters in float32 with gradients and AdamW's two moments are
-355e6 * 16 bytes = 5.7 GB, the rest is what a micro-batch keeps for the way back. Less memory:
---batch_size=1 --gradient_accumulation_steps=32, the same step in smaller pieces.
-On a CPU take config/finetune_oasst_cpu.py.
+Memory on a GPU: 355 M parameters in float32, with gradients and AdamW's two moments, take
+355e6 * 16 bytes = 5.7 GB; the rest is what a micro-batch keeps for the backward pass, at most about
+7 GB more. Have 16 GB, or make the micro-batches smaller: --batch_size=1
+--gradient_accumulation_steps=32 is the same step. On a CPU use config/finetune_oasst_cpu.py.
+
+As published (the blog post behind this project) / here
+- The same: gpt2-medium, the root of each tree and each direct reply as one conversation, these tags.
+- oasst1 in all languages / oasst2, English only, without deleted and rejected messages. As published:
+  --source=oasst1 --lang=all.
+- Tags as plain text, each on a line of its own / tags are tokens of their own, nothing between them.
+- Loss on every token / on the answers. As published: --loss_on=all.
+- Conversations run on from one to the next / each is isolated, and longer ones are cut.
+- No learning rate, batch size or loss was published. Expected loss and time are unknown: no weights
+  could be downloaded where this was written.
 """
 out_dir = 'out/oasst'
 init_from = 'gpt2-medium'
@@ -19,7 +29,7 @@ batch_size = 4
 gradient_accumulation_steps = 8
 block_size = 1024
 
-# Two passes: small data sets of instructions are learned by then, and a third mostly overfits.
+# Two passes. Small instruction sets are learned by then, and a third pass mostly overfits.
 epochs = 2.0
 eval_interval = 50
 patience = 3

@@ -1,11 +1,11 @@
-"""The same as config/finetune_oasst.py at the size of a laptop: distilgpt2, rows of 512 positions.
+"""The OpenAssistant recipe at the size of a laptop: distilgpt2, rows of 512 positions.
 
     python data/oasst/prepare.py --max_tokens=513
     python train.py config/finetune_oasst_cpu.py
-    python sample.py --out_dir=out/oasst-cpu --user="What's the capital of France?"
+    python sample.py --init_from=resume --user="What's the capital of France?"
 
-A row of 512 positions holds a conversation of 513 tokens, whose last is predicted and predicts
-nothing; prepared with the default --max_tokens=1024, longer conversations are left out and counted.
+A row of 512 positions holds a conversation of 513 tokens: the last one is only predicted. How this
+differs from the published run: see config/finetune_oasst.py.
 """
 out_dir = 'out/oasst-cpu'
 init_from = 'distilgpt2'
@@ -20,5 +20,5 @@ max_iters = 300
 eval_interval = 50
 log_interval = 1
 
-learning_rate = 5e-5  # a step sees a quarter of the tokens, and there are few of them
+learning_rate = 5e-5  # higher than for the large model: a step sees a quarter of the tokens
 warmup_iters = 10

@@ -3,31 +3,37 @@
     python data/alpaca/prepare.py --source=open-instruct --template=plain --max_tokens=128 \
         --shuffle_seed=42 --train_rows=100000
     python train.py config/finetune_open_instruct.py
-    python sample.py --out_dir=out/open-instruct --user="What's the best way to cook chicken breast?" --trim=sentence
+    python sample.py --init_from=resume --user="Should I invest in stocks?" --trim=sentence \
+        --temperature=0 --max_new_tokens=64
 
-Where it differs from the published run (instruction, input and output joined by spaces, 128 tokens,
-shuffle(42), 100,000 rows to train, the rest to test, batches of 32, one epoch):
-- A row of more than 128 tokens is left out; there it was cut, so that its model was taught to stop
-  anywhere, and never by <|endoftext|>, which its batches did not have. This costs 14 % of the rows
-  (measured on Stanford's, which are a quarter of these: 7,321 of 51,974). --trim=sentence, which
-  cuts an answer after its last full stop, is needed the less for it.
-- Only the main file, 222,650 rows, is shuffled. There the whole repository was, 498,813 rows: the
-  main file's parts lie beside it and were counted again, so that test rows had been trained on.
-- Of the 122,650 rows that are not for training, 1,000 are the validation set, the rest is test;
-  there the 100,001st was lost to range(100001, …).
-- Only answers are learned; --loss_on=all learns prompts too, as there.
+As published ("GPT-2 Instruct") / here
+- The same: DialoGPT-medium, instruction, input and output joined by spaces, 128 tokens, shuffle 42,
+  100,000 rows to train, batches of 32 examples, one epoch, the Trainer's 5e-5 decaying to 0, AdamW
+  without weight decay, answers cut at the last full stop.
+- Linear decay / cosine decay.
+- Rows of over 128 tokens are cut, so the model learns to stop anywhere / they are left out: 14 % of
+  Stanford's rows, which are a quarter of these.
+- The whole repository, 498,813 rows, is shuffled: its parts were counted twice, so that test rows had
+  been trained on / only the main file, 222,650 rows.
+- Loss on every token, and never on <|endoftext|> / on answers and their end. Prompts as well:
+  --loss_on=all.
+- Examples are padded / packed: a row of 128 positions holds 2.2 of them, so 14 rows are about the 32
+  examples of a published step.
+- Greedy answers of 64 tokens, prompt included / the options above, which do not count the prompt.
+- No loss was published. Expected loss and time are unknown: no weights could be downloaded here.
 """
 out_dir = 'out/open-instruct'
 init_from = 'microsoft/DialoGPT-medium'
 dataset = 'open-instruct'
 
-batch_size = 32
+batch_size = 14  # 14 rows * 2.2 examples: about 32 examples a step
 gradient_accumulation_steps = 1
 block_size = 128
 epochs = 1.0
-eval_interval = 200
+eval_interval = 500
 
-learning_rate = 5e-5  # the Trainer's default, down to 0
+learning_rate = 5e-5
 warmup_iters = 0
 weight_decay = 0.0
+beta2 = 0.999
 dropout = 0.0
