@@ -41,8 +41,8 @@ class Config:
     dataset: str = 'oasst'           # a prepared folder in data_dir; several with commas are mixed
     data_dir: str = 'data'           # looked for here, then beside train.py
     # how long, how often
-    max_iters: Natural = 600_000     # optimizer steps; fewer if epochs ends before
-    epochs: NonNegative = 0.0        # passes over the data; 0 sets no limit
+    max_iters: Natural = 0           # optimizer steps; 0 sets no limit
+    epochs: NonNegative = 0.0        # passes over the data; 0 is no limit, or 3 without max_iters
     eval_interval: Count = 100       # steps between evaluations, which also save
     eval_iters: Natural = 0          # batches in an evaluation; 0 for the whole validation set
     eval_only: bool = False          # evaluate once and stop
@@ -221,15 +221,17 @@ def train(config, procs):
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = open_model(config, folders)
     vocab_size = opened.tokenizer.vocab_size
-    train_split = tokenfile.Split(folders, 'train', config.loss_on, vocab_size)
-    val_split = tokenfile.Split(folders, 'val', config.loss_on, vocab_size)
+    window = config.block_size + 1  # the last token is only predicted
+    train_split = tokenfile.Split(folders, 'train', config.loss_on, vocab_size, window)
+    val_split = tokenfile.Split(folders, 'val', config.loss_on, vocab_size, window)
     train_rows = Rows(train_split, config.block_size, config.seed)
     val_rows = Rows(val_split, config.block_size) if len(val_split) else None
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
     last_row = config.max_iters * rows_per_step
-    if config.epochs:
-        last_row = min(last_row, math.ceil(config.epochs * train_rows.n_rows))
+    if config.epochs or not config.max_iters:
+        epochs_end = math.ceil((config.epochs or 3) * train_rows.n_rows)
+        last_row = min(last_row or epochs_end, epochs_end)
         config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
     was = opened.checkpoint.conditions
     trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)

@@ -92,12 +92,13 @@ def fill(form, turn):
     return before + turn.text + after
 
 
-def alpaca(preamble, context=''):
-    """Stanford's prompt, with or without a section for the context."""
-    return (f'Below is an instruction that describes a task{preamble}. Write a response that '
-            'appropriately completes the request.\n\n### Instruction:\n{text}'
-            f'{context}\n\n### Response:\n',)
-
+# Stanford's prompts: https://github.com/tatsu-lab/stanford_alpaca
+TASK = 'Below is an instruction that describes a task'
+TASK_WITH_INPUT = f'{TASK}, paired with an input that provides further context'
+REQUEST = 'Write a response that appropriately completes the request.'
+SECTIONS = '### Instruction:\n{text}\n\n### Response:\n'
+SECTIONS_WITH_INPUT = '### Instruction:\n{text}\n\n### Input:\n{context}\n\n### Response:\n'
+HEADINGS = ('\n\n### Instruction:\n', '\n\n### Input:\n', '\n\n### Response:\n')
 
 # To add a template, add it here: everything else follows from the object.
 TEMPLATES = {
@@ -107,11 +108,15 @@ TEMPLATES = {
         opening=('<conversation>',),
         closing=('</conversation>', END_OF_TEXT)),
     'alpaca': Template(
-        user=alpaca(''),
-        user_with_context=alpaca(', paired with an input that provides further context',
-                                 '\n\n### Input:\n{context}'),
+        user=(f'{TASK}. {REQUEST}\n\n{SECTIONS}',),
+        user_with_context=(f'{TASK_WITH_INPUT}. {REQUEST}\n\n{SECTIONS_WITH_INPUT}',),
         assistant=('{text}', END_OF_TEXT),
-        headings=('\n\n### Instruction:\n', '\n\n### Input:\n', '\n\n### Response:\n')),
+        headings=HEADINGS),
+    'alpaca-short': Template(  # without the first sentences
+        user=(SECTIONS,),
+        user_with_context=(SECTIONS_WITH_INPUT,),
+        assistant=('{text}', END_OF_TEXT),
+        headings=HEADINGS),
     'plain': Template(
         user=('{text}',),
         user_with_context=('{text} {context}',),

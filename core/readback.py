@@ -103,24 +103,27 @@ def from_text(text):
 
 
 def from_messages(messages):
-    """The turns of [{'role': …, 'content': …}, …], as chat interfaces have them.
+    """The turns of [{'role': …, 'content': text or None}, …], as chat interfaces have them.
 
-    user and assistant take turns, beginning with the user. A system message may come first: no
-    template has a place for it, so it is put before the first user's text. ValueError otherwise.
+    Messages of the same role in a row are joined by a blank line. System messages, for which no
+    template has a place, go before the first user's text. ValueError for another role, or if there
+    is no message of a user.
     """
-    system = ''
     turns = []
+    system = []
     for i, message in enumerate(messages):
         role = message['role']
-        content = message['content']
-        if i == 0 and role == 'system':
-            system = content + '\n\n'
-            continue
-        expected = ROLES[len(turns) % 2]
-        if role != expected:
-            raise ValueError(f'message {i} has the role {role!r}, expected {expected!r}')
-        turns.append(Turn(role, system + content))
-        system = ''
-    if not turns:
-        raise ValueError('there is no message of a user')
-    return turns
+        content = message['content'] or ''
+        if role in ('system', 'developer'):
+            system.append(content)
+        elif role not in ROLES:
+            raise ValueError(f'message {i} has the role {role!r}, expected one of {ROLES}')
+        elif turns and turns[-1].role == role:
+            turns[-1] = Turn(role, f'{turns[-1].text}\n\n{content}')
+        else:
+            turns.append(Turn(role, content))
+    for i, turn in enumerate(turns):
+        if turn.role == 'user':
+            turns[i] = Turn('user', '\n\n'.join([*system, turn.text]))
+            return turns
+    raise ValueError('there is no message of a user')

@@ -17,6 +17,7 @@ import numpy as np
 from configurator import REPOSITORY, UserError
 from core.conversation import TEMPLATES
 from core.files import flush, flush_folder, only_writer, reading
+from core.tokenizer import GPT2_SHA256
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
@@ -120,8 +121,10 @@ def find_folders(dataset, data_dir):
 
 
 def read_meta(folder):
-    """meta.json of a prepared folder, checked."""
+    """meta.json of a prepared folder, checked; or the like for a folder of nanoGPT's."""
     path = os.path.join(folder, 'meta.json')
+    if os.path.exists(os.path.join(folder, 'train.bin')) and not os.path.exists(path):
+        return nanogpt_meta(folder)
     with reading(path, 'Prepare the data first: python data/oasst/prepare.py, or another one.'):
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
@@ -132,6 +135,21 @@ def read_meta(folder):
         for split in meta['splits'].values():
             sum(split[key] for key in COUNTS)  # an error, unless all of them are numbers
     return meta
+
+
+def nanogpt_meta(folder):
+    """What meta.json would say of a folder that nanoGPT prepared: GPT-2's ids, all supervised."""
+    if os.path.exists(os.path.join(folder, 'meta.pkl')):
+        raise UserError(f"{folder} has a vocabulary of its own (meta.pkl). Expected GPT-2's ids.")
+    splits = {}
+    for split in ('train', 'val'):
+        path = os.path.join(folder, f'{split}.bin')
+        n = 0
+        if os.path.exists(path):
+            n = os.path.getsize(path) // 2
+        splits[split] = dict.fromkeys(COUNTS, n)
+    tokenizer = {'name': 'gpt2', 'sha256': GPT2_SHA256, 'tags': False, 'tokens': None}
+    return {'template': 'plain', 'tokenizer': tokenizer, 'splits': splits, 'nanogpt': True}
 
 
 def fingerprint(folder):
@@ -156,13 +174,13 @@ class Split:
 
     lengths, n_supervised: (conversations,) int64. loss_on='all' supervises every token but the
     first of each conversation. UserError if files are missing or disagree, or if they hold ids
-    beyond vocab_size.
+    beyond vocab_size. nanoGPT's files, which are one long text, are torn into windows.
     """
 
-    def __init__(self, folders, split, loss_on='response', vocab_size=2 ** 16):
+    def __init__(self, folders, split, loss_on='response', vocab_size=2 ** 16, window=1025):
         self.name = split
         self.loss_on = loss_on
-        self.files = [open_split(folder, split, vocab_size) for folder in folders]
+        self.files = [open_split(folder, split, vocab_size, window) for folder in folders]
         self.lengths = np.concatenate([np.diff(starts) for _, _, starts in self.files])
         counts = [len(starts) - 1 for _, _, starts in self.files]
         self.first = np.cumsum([0, *counts])  # of each folder, among all conversations
@@ -191,12 +209,19 @@ def count_supervised(mask, starts):
     return before[starts[1:]] - before[starts[:-1]] - mask[starts[:-1]]
 
 
-def open_split(folder, split, vocab_size):
+def open_split(folder, split, vocab_size, window):
     """(ids, mask, starts): memory maps of one split, checked against meta.json and each other."""
     meta = read_meta(folder)
     if split not in meta['splits']:
         raise UserError(f'{folder} has no split {split!r}, only {", ".join(meta["splits"])}. '
                         'Prepare it again with a part set aside for it.')
+    if 'nanogpt' in meta:
+        n = meta['splits'][split]['tokens']
+        ids = np.zeros(0, np.uint16)
+        if n:
+            ids = np.memmap(os.path.join(folder, f'{split}.bin'), np.uint16, mode='r')
+        check_ids(ids, vocab_size, folder, split)
+        return ids, np.ones(n, np.uint8), np.array([*range(0, n, window), n])
     arrays = []
     for ending, dtype in DTYPES.items():
         path = os.path.join(folder, split + ending)
@@ -214,7 +239,12 @@ def open_split(folder, split, vocab_size):
     if not whole:
         raise UserError(f'the files of split {split!r} in {folder} disagree: found {found}, '
                         f'meta.json has {expected}. Prepare the folder again.')
+    check_ids(ids, vocab_size, folder, split)
+    return ids, mask, starts
+
+
+def check_ids(ids, vocab_size, folder, split):
+    """UserError for ids that the vocabulary does not have."""
     if (ids >= vocab_size).any():
         raise UserError(f'{folder}/{split}.bin has the id {ids.max()}, the vocabulary only '
                         f'{vocab_size} tokens. Prepare the folder again.')
-    return ids, mask, starts
