@@ -53,6 +53,7 @@ Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(1e-9)]
 Fraction = Annotated[float, Range(0, below=1)]
+Share = Annotated[float, Range(0, 1)]
 
 EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import configurator
-from configurator import Count, Natural, NonNegative, Seed, UserError
+from configurator import Count, Natural, NonNegative, Positive, Seed, Share, UserError
 from core import checkpoint, conversation
 from core.conversation import TEMPLATES, AnswerText, Turn
 from core.decoding_weights import prepare
 from core.device import keep_freed_memory, pick_device
 from core.files import reading
-from core.generate import generate
+from core.generate import Sampling, generate
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Config:
     max_new_tokens: Count = 256  # the longest answer
     temperature: NonNegative = 0.8  # 0 always takes the likeliest token
     top_k: Natural = 200       # keep the k most likely tokens; 0 keeps all
-    top_p: NonNegative = 1.0   # keep the most likely tokens that together have this probability
+    top_p: Share = 1.0         # keep the most likely tokens that together have this probability
+    min_p: Share = 0.0         # drop tokens less likely than this, relative to the likeliest
+    repetition_penalty: Positive = 1.0  # over 1: tokens that are in the text become less likely
+    no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
     trim: Literal['', 'sentence'] = ''  # cut the answer after its last full stop
     seed: Seed = 1337          # the same seed gives the same text
     # the machine
@@ -71,8 +74,10 @@ def answer(opened, template, ids, config, seed, show=None):
         if show:
             show(new)
 
-    for tokens in generate(opened.model, [ids], config.max_new_tokens, config.num_samples,
-                           config.temperature, config.top_k, config.top_p, seed, stops):
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p,
+                        config.repetition_penalty, config.no_repeat_ngram_size)
+    for tokens in generate(opened.model, [ids], config.max_new_tokens, sampling,
+                           config.num_samples, seed, stops):
         for i, token in enumerate(tokens):
             if token is not None and token not in stops:
                 add(i, [token])

@@ -2,6 +2,9 @@
 
     python sample.py --init_from=resume --user="What's the capital of France?"
 """
+from collections import Counter
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -93,14 +96,28 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
 
+class Sampling(NamedTuple):
+    """How the next token is chosen: first the penalties, then temperature, top_k, top_p, min_p.
+
+    The first six are as transformers defines them, the last two as OpenAI does, over the answer.
+    """
+    temperature: float = 1.0  # below 1e-5: always the likeliest token
+    top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
+    min_p: float = 0.0  # drop tokens that are less likely than this, relative to the likeliest
+    repetition_penalty: float = 1.0  # over 1: tokens that are in the text become less likely
+    no_repeat_ngram_size: int = 0  # n: no n tokens stand in the text twice; 0 allows all
+    frequency_penalty: float = 0.0  # subtracted from a logit for each time the token was written
+    presence_penalty: float = 0.0  # subtracted once if the token was written
+
+
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top_k=0, top_p=1.0,
-             seed=0, stops=()):
+def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, stops=()):
     """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
 
     prompts: lists of ids, of any lengths. An answer ends with a token of `stops`, or when its
     window is full: learned positions cannot be moved on. From then on the list has None for it.
-    The generator ends when all answers have, or after max_new_tokens. temperature=0 is greedy.
+    The generator ends when all answers have, or after max_new_tokens.
     """
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)
@@ -110,18 +127,18 @@ def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top
     logits = cache.read(model, prompts).repeat_interleave(num_samples, dim=0)
     cache.repeat(num_samples)
     answers = list(range(len(logits)))  # the answer that each row of the cache belongs to
-    n_answers = len(answers)
+    texts = [(prompt, []) for prompt in prompts for _ in range(num_samples)]
     for step in range(max_new_tokens):
-        idx = choose(logits.float(), temperature, top_k, top_p, generator)
+        idx = choose(logits.float(), sampling, generator, [texts[answer] for answer in answers])
         tokens = idx.tolist()
-        found = [None] * n_answers
-        for answer, token in zip(answers, tokens):
-            found[answer] = token
-        yield found
+        found = [None] * len(texts)
         open_rows = []
-        for row, token in enumerate(tokens):
+        for row, (answer, token) in enumerate(zip(answers, tokens)):
+            found[answer] = token
+            texts[answer][1].append(token)
             if token not in stops and cache.lengths[row] < window:
                 open_rows.append(row)
+        yield found
         if not open_rows or step == max_new_tokens - 1:
             return
         if len(open_rows) < len(answers):
@@ -131,22 +148,51 @@ def generate(model, prompts, max_new_tokens, num_samples=1, temperature=1.0, top
         logits = cache.step(model, idx[:, None])
 
 
-def choose(logits, temperature, top_k, top_p, generator):
-    """Tokens (B,) int64 for logits (B, V) float32: the likeliest, or drawn."""
-    if temperature < 1e-5:  # 0, or so little that the logits would overflow
+def choose(logits, sampling, generator=None, texts=()):
+    """Tokens (B,) int64 for logits (B, V) float32.
+
+    texts: for each row (ids of the prompt, ids of the answer so far), for the penalties.
+    """
+    if sampling[4:] != Sampling()[4:]:
+        logits = logits.clone()
+        for row, (prompt, answer) in zip(logits, texts):
+            penalize(row, prompt, answer, sampling)
+    if sampling.temperature < 1e-5:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / sampling.temperature
     order = None
-    if 0 < top_k < logits.shape[-1]:
-        logits, order = logits.topk(top_k)  # drawing among all 50,257 takes ten times as long
-    elif top_p < 1:
+    if 0 < sampling.top_k < logits.shape[-1]:
+        # Drawing among all 50,257 takes ten times as long.
+        logits, order = logits.topk(sampling.top_k)
+    elif sampling.top_p < 1:
         logits, order = logits.sort(descending=True)
     probabilities = logits.softmax(-1)
-    if top_p < 1:
+    if sampling.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier tokens
         before[:, 0] = -1  # the likeliest one always stays
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    if sampling.min_p:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     if order is not None:
         drawn = order.gather(-1, drawn)
     return drawn[:, 0]
+
+
+def penalize(logits, prompt, answer, sampling):
+    """Change the logits (V,) of one text in place, by its ids."""
+    text = prompt + answer
+    if sampling.repetition_penalty != 1:
+        ids = torch.tensor(text, device=logits.device)
+        found = logits[ids]
+        penalty = sampling.repetition_penalty
+        logits[ids] = torch.where(found < 0, found * penalty, found / penalty)
+    for token, n in Counter(answer).items():
+        logits[token] -= sampling.frequency_penalty * n + sampling.presence_penalty
+    if sampling.no_repeat_ngram_size:
+        n = sampling.no_repeat_ngram_size - 1  # tokens before the one to be chosen
+        last = text[len(text) - n:]
+        for i in range(len(text) - n):
+            if text[i:i + n] == last:
+                logits[text[i + n]] = -torch.inf
