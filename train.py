@@ -158,6 +158,8 @@ def log_line(trainer, log, before):
     config = trainer.config
     state = trainer.state
     loss_sum, n_tokens = state.interval
+    if not n_tokens:
+        return  # all of these steps were skipped
     lr = learning_rate(config, state.step - 1)
     took = state.seconds - before.seconds
     tokens_per_s = (n_tokens - before.interval[1]) / took

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from configurator import UserError
+
 
 class KVCache:
     """Keys and values (n_layer, B, n_head, n_positions, C / n_head) of B texts of any lengths."""
@@ -125,6 +127,9 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
     generator = torch.Generator(model.device).manual_seed(seed)
     cache = KVCache(model, len(prompts), min(window, longest + max_new_tokens - 1))
     logits = cache.read(model, prompts).repeat_interleave(num_samples, dim=0)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or it was "
+                        'trained with too high a learning rate.')
     cache.repeat(num_samples)
     answers = list(range(len(logits)))  # the answer that each row of the cache belongs to
     texts = [(prompt, []) for prompt in prompts for _ in range(num_samples)]

@@ -4,14 +4,17 @@ train.py makes a Trainer and calls it until the run is over.
 """
 import math
 import os
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import torch
 
+from configurator import UserError
 from core import checkpoint
 from core.device import autocast, pick_dtype
+from core.files import Bar
 
 
 def learning_rate(config, step):
@@ -59,6 +62,7 @@ class Trainer:
         if self.state.optimizer:
             checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
         self.grad_norm = 0.0
+        self.n_skipped = 0  # steps in a row that were not applied
         self.stopped = False  # by a signal to any of the processes
 
     def epoch(self):
@@ -114,18 +118,39 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(config, state.step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.grad_norm = norm.item()
         # A signal to one of the processes must stop all of them after the same step.
         loss_sum, n_asked = procs.sum(sum(loss.item() for loss in losses), request.asked)
         self.stopped = n_asked > 0
+        is_finite = math.isfinite(loss_sum) and math.isfinite(self.grad_norm)
+        if is_finite or self.scaler.is_enabled():  # the scaler skips such a step itself
+            for group in self.optimizer.param_groups:
+                group['lr'] = learning_rate(config, state.step)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if is_finite:
+            self.n_skipped = 0
+            state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
+        else:
+            self.skip(loss_sum)
         state.step += 1
-        state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
         state.seconds += time.perf_counter() - started
+
+    def skip(self, loss_sum):
+        """Note a step that was not applied; UserError after too many in a row."""
+        self.n_skipped += 1
+        allowed = 5
+        if self.scaler.is_enabled():
+            allowed = 50  # float16 begins with a few, until the scale of the loss fits
+        elif self.procs.rank == 0:
+            Bar.write(f'step {self.state.step + 1} is skipped: loss {loss_sum}, norm of the '
+                      f'gradient {self.grad_norm}', file=sys.stderr)
+        if self.n_skipped == allowed:
+            raise UserError(
+                f'{allowed} steps in a row had a loss or gradient that is not finite. The last '
+                'checkpoint is as it was. Try a lower --learning_rate, --grad_clip=1 or '
+                '--dtype=float32, and look at the data.')
 
     @torch.no_grad()
     def evaluate(self, request):
@@ -153,6 +178,9 @@ class Trainer:
         """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
         if self.procs.rank > 0:
             return
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UserError(f'the weights are no longer finite, so {name} is not written. The last '
+                            'checkpoint is as it was. Try a lower --learning_rate.')
         saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
                         config=asdict(self.config), optimizer=None, scaler=None)
         if name == 'ckpt.pt':
