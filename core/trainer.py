@@ -39,6 +39,10 @@ def make_optimizer(config, model):
                              betas=(config.beta1, config.beta2))
 
 
+WHAT_TO_DO = ('Nothing was saved; the last checkpoint is as it was. Try a lower --learning_rate, '
+              '--grad_clip=1 or --dtype=float32.')
+
+
 class Trainer:
     """One run. Its `state`, a Checkpoint, holds all that changes from step to step."""
 
@@ -147,10 +151,8 @@ class Trainer:
             Bar.write(f'step {self.state.step + 1} is skipped: loss {loss_sum}, norm of the '
                       f'gradient {self.grad_norm}', file=sys.stderr)
         if self.n_skipped == allowed:
-            raise UserError(
-                f'{allowed} steps in a row had a loss or gradient that is not finite. The last '
-                'checkpoint is as it was. Try a lower --learning_rate, --grad_clip=1 or '
-                '--dtype=float32, and look at the data.')
+            raise UserError(f'{allowed} steps in a row had a loss or a gradient that is not '
+                            f'finite. {WHAT_TO_DO}')
 
     @torch.no_grad()
     def evaluate(self, request):
@@ -172,6 +174,8 @@ class Trainer:
         self.model.train()
         loss_sum, n_tokens, n_asked = procs.sum(loss_sum, n_tokens, request.asked)
         self.stopped = n_asked > 0
+        if not math.isfinite(loss_sum):
+            raise UserError(f'val_loss is {loss_sum}. {WHAT_TO_DO}')
         return None if self.stopped else loss_sum / n_tokens
 
     def save(self, name, val_loss=None):
@@ -179,8 +183,7 @@ class Trainer:
         if self.procs.rank > 0:
             return
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise UserError(f'the weights are no longer finite, so {name} is not written. The last '
-                            'checkpoint is as it was. Try a lower --learning_rate.')
+            raise UserError(f'the weights are no longer finite. {WHAT_TO_DO}')
         saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
                         config=asdict(self.config), optimizer=None, scaler=None)
         if name == 'ckpt.pt':
