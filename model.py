@@ -236,7 +236,7 @@ LOGITS_AT_ONCE = {'cpu': 1 << 25, 'cuda': 1 << 28}
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy in nats of the logits x @ weight.T, without holding all of them.
 
-    x (S, C), weight (V, C), targets (S,) int64; only the first n_classes <= V rows count.
+    x (S, C), weight (V, C), targets (S,) int64. Only the first n_classes <= V rows count.
     The gradients are computed on the way forward, chunk by chunk, from the probabilities that are
     there anyway, so neither those nor the logits are kept. Products are in autocast's dtype, the
     softmax and all sums in float32. Idea: Hsu et al. 2024, https://arxiv.org/abs/2410.10989
@@ -251,16 +251,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         loss = x.new_zeros((), dtype=torch.float32)
         with torch.autocast(kind, enabled=False):
-            w = weight[:n_classes].to(dtype)
+            # All rows, although those past n_classes are padding: a GPU is faster with a
+            # multiple of 128, and a logit of minus infinity has no probability and no gradient.
+            w = weight.to(dtype)
             if needs_grad:
                 grad_x = torch.empty(x.shape, dtype=dtype, device=x.device)
                 grad_w = torch.zeros_like(weight)
-            chunk = max(1, LOGITS_AT_ONCE.get(kind, 1 << 25) // n_classes)
+            chunk = max(1, LOGITS_AT_ONCE.get(kind, 1 << 25) // len(w))
             for first in range(0, len(x), chunk):
                 part = x[first:first + chunk].to(dtype)
                 target = targets[first:first + chunk]
                 at_target = (torch.arange(len(part), device=x.device), target)
-                log_p = (part @ w.t()).float().log_softmax(-1)  # (chunk, n_classes)
+                logits = part @ w.t()  # (chunk, V)
+                logits[:, n_classes:] = -torch.inf
+                log_p = logits.log_softmax(-1, dtype=torch.float32)
                 loss -= log_p[at_target].sum()
                 if not needs_grad:
                     continue
@@ -268,11 +272,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = log_p.exp_()
                 grad[at_target] -= 1
                 grad = grad.to(dtype)
-                torch.mm(grad, w, out=grad_x[first:first + chunk])
-                if dtype == weight.dtype:
-                    grad_w[:n_classes].addmm_(grad.t(), part)
+                if kind == 'mps':
+                    # torch 2.13's product is wrong there for inner dimensions of 32,767 and more:
+                    # https://github.com/pytorch/pytorch/issues/193487
+                    slices = zip(grad.split(16_384, dim=1), w.split(16_384))
+                    grad_x[first:first + chunk] = sum(a @ b for a, b in slices)
                 else:
-                    grad_w[:n_classes] += grad.t() @ part
+                    torch.mm(grad, w, out=grad_x[first:first + chunk])
+                if dtype == weight.dtype:
+                    grad_w.addmm_(grad.t(), part)
+                else:
+                    grad_w += grad.t() @ part
         if needs_grad:
             ctx.save_for_backward(grad_x, grad_w)
             ctx.x_dtype = x.dtype

@@ -89,7 +89,11 @@ def prepare(model, device, dtype='auto', compiled=False):
         raise UserError(f'dtype=int8 is for the CPU, found {device}. Use --dtype=auto.')
     kind = torch.int8 if dtype == 'int8' else pick_dtype(dtype, device)
     if device != 'cpu':
+        # cuDNN's attention would be planned anew for every length: 20 to 40 ms a token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         model.to(device, kind).eval()
+        for p in model.parameters():
+            p.data = p.data.contiguous()  # transformers' weights come as transposed views
         return str(kind).removeprefix('torch.')
 
     def convert(weight, bias):

@@ -16,7 +16,7 @@ def pick_device(name):
     if torch.cuda.is_available():
         available.insert(0, 'cuda')
     if name == 'auto':
-        return available[0]
+        name = available[0]
     kind, _, number = name.partition(':')
     n_devices = torch.cuda.device_count() if kind == 'cuda' else 1
     if kind not in available or number and not (number.isdigit() and int(number) < n_devices):
@@ -24,6 +24,7 @@ def pick_device(name):
                         'Use --device=auto.')
     if kind == 'cuda':
         torch.cuda.set_device(name)
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
     return name
 
 
