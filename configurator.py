@@ -17,6 +17,7 @@ import io
 import math
 import operator
 import os
+import signal
 import sys
 import textwrap
 import tokenize
@@ -227,8 +228,17 @@ def help_text(keys):
 
 # ---- running a script ----
 
+def precheck(name, keys, check=True):
+    """Find mistakes on the command line before a script's slow imports. name: its __name__."""
+    if name == '__main__':
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run: Ctrl-C ends without a traceback
+        run(lambda argv: load(keys, argv, check=check))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(main):
     """Call main(sys.argv[1:]). A UserError is printed without a traceback and exits with 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors='backslashreplace')  # for terminals that lack a character
     try:
         main(sys.argv[1:])

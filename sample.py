@@ -13,12 +13,7 @@ from typing import Literal
 
 import configurator
 from configurator import Count, Natural, NonNegative, Positive, Seed, Share, UserError
-from core import checkpoint, conversation
 from core.conversation import TEMPLATES, AnswerText, Turn
-from core.decoding_weights import prepare
-from core.device import keep_freed_memory, pick_device
-from core.files import reading
-from core.generate import Sampling, generate
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,16 @@ class Config:
             yield 'give one of --start="TEXT" (raw), --user="TEXT" (in the template) or --chat.'
         if self.chat and self.num_samples > 1:
             yield 'a chat has one answer: leave out num_samples.'
+
+
+# torch takes seconds to import: mistakes on the command line are found before.
+configurator.precheck(__name__, Config)
+
+from core import checkpoint, conversation
+from core.decoding_weights import prepare
+from core.device import keep_freed_memory, pick_device
+from core.files import reading
+from core.generate import Sampling, generate
 
 
 def answer(opened, template, ids, config, seed, show=None):

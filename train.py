@@ -15,21 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
-import torch
-
 import configurator
 from configurator import Count, Fraction, Natural, NonNegative, Seed, UserError
-from core import checkpoint, tokenfile
-from core import tokenizer as tokenizers
-from core.checkpoint import Checkpoint
-from core.conversation import TEMPLATES
-from core.device import keep_freed_memory
-from core.files import only_writer, reading
-from core.processes import StopRequest, processes
-from core.rows import Rows
-from core.runlog import RunLog
-from core.trainer import Trainer, learning_rate
-from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -88,6 +75,24 @@ class Config:
             yield f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.'
         if self.min_lr > self.learning_rate:
             yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
+
+
+# torch takes seconds to import: mistakes on the command line are found before.
+configurator.precheck(__name__, Config, check=False)
+
+import torch
+
+from core import checkpoint, tokenfile
+from core import tokenizer as tokenizers
+from core.checkpoint import Checkpoint
+from core.conversation import TEMPLATES
+from core.device import keep_freed_memory
+from core.files import only_writer, reading
+from core.processes import StopRequest, processes
+from core.rows import Rows
+from core.runlog import RunLog
+from core.trainer import Trainer, learning_rate
+from model import GPT, GPTConfig
 
 
 def open_model(config, folders):
