@@ -132,7 +132,8 @@ def read_config_file(name):
         path = os.path.join(REPOSITORY, name)  # so that the scripts work from any folder
     try:
         with open(path, encoding='utf-8-sig') as file:
-            statements = ast.parse(file.read()).body
+            text = file.read()
+        statements = ast.parse(text).body
     except FileNotFoundError:
         raise UserError(f'config file {name} not found. The config files are in config/; '
                         'flags are written --key=value.') from None
@@ -149,9 +150,9 @@ def read_config_file(name):
             case ast.Assign(targets=[ast.Name(id=key)], value=node):
                 yield key, node, statement.lineno
             case _:
-                raise UserError(f'{name} line {statement.lineno}: found '
-                                f'{ast.unparse(statement)[:60]!r}, expected key = value. '
-                                'A config file is read, never executed.')
+                line = text.split('\n')[statement.lineno - 1].strip()
+                raise UserError(f'{name} line {statement.lineno}: found {line[:60]!r}, expected '
+                                'key = value. A config file is read, never executed.')
 
 
 def load(keys, argv, defaults=None, check=True):
