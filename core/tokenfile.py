@@ -102,8 +102,9 @@ class Writer:
             file.close()
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(self.folder, 'meta.json'))
-        names = sorted(os.listdir(self.partial), key=lambda name: name == 'meta.json')
-        for name in names:
+        # A .bin comes after its .idx.bin: alone, it would be taken for nanoGPT's.
+        names = [split + ending for split in self.counts for ending in reversed(DTYPES)]
+        for name in [*names, 'meta.json']:
             os.replace(os.path.join(self.partial, name), os.path.join(self.folder, name))
         flush_folder(self.folder)
 
@@ -123,7 +124,8 @@ def find_folders(dataset, data_dir):
 def read_meta(folder):
     """meta.json of a prepared folder, checked; or the like for a folder of nanoGPT's."""
     path = os.path.join(folder, 'meta.json')
-    if os.path.exists(os.path.join(folder, 'train.bin')) and not os.path.exists(path):
+    names = ('train.bin', 'train.idx.bin', 'meta.json')
+    if [os.path.exists(os.path.join(folder, name)) for name in names] == [True, False, False]:
         return nanogpt_meta(folder)
     with reading(path, 'Prepare the data first: python data/oasst/prepare.py, or another one.'):
         with open(path, encoding='utf-8') as file:
@@ -218,8 +220,10 @@ def open_split(folder, split, vocab_size, window):
     if 'nanogpt' in meta:
         n = meta['splits'][split]['tokens']
         ids = np.zeros(0, np.uint16)
+        path = os.path.join(folder, f'{split}.bin')
         if n:
-            ids = np.memmap(os.path.join(folder, f'{split}.bin'), np.uint16, mode='r')
+            with reading(path, 'Expected two bytes for each token.'):
+                ids = np.memmap(path, np.uint16, mode='r')
         check_ids(ids, vocab_size, folder, split)
         return ids, np.ones(n, np.uint8), np.array([*range(0, n, window), n])
     arrays = []
