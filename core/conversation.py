@@ -227,14 +227,17 @@ class AnswerText:
     def __init__(self, tokenizer, template):
         self.tokenizer = tokenizer
         self.lead = TEMPLATES[template].lead if template else ''
+        self.held = ''  # may turn out to be the lead
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
     def add(self, ids, final=False):
-        """The text that these ids add. Half a character waits for its rest, unless final."""
-        text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
-        if text:
-            text = text.removeprefix(self.lead)
-            self.lead = ''
+        """The text that these ids add. What may be half of something waits for its rest."""
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
+        if self.lead.startswith(self.held) and not final:
+            return ''
+        text = self.held.removeprefix(self.lead)
+        self.held = ''
+        self.lead = ''
         return text
 
 

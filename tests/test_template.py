@@ -1,0 +1,84 @@
+"""To add a template takes one object in TEMPLATES: everything else follows from it."""
+import json
+
+import pytest
+
+from core import conversation
+from core.checkpoint import open_model
+from core.conversation import TEMPLATES, AnswerText, Template, Turn, answer_text, encode, prompt
+from core.readback import decode
+from core.tokenfile import Split
+from core.tokenizer import END_OF_TEXT
+
+TURNS = [Turn('user', 'Add </user>', '1 and 2'), Turn('assistant', ' Bot: {text}')]
+NEW = {
+    'prompt': Template(
+        user=('User: {text}\nBot:',),
+        user_with_context=('User: {text}\nInput: {context}\nBot:',),
+        assistant=(' {text}', END_OF_TEXT), headings=('\nInput: ', '\nBot:')),
+    'a longer lead': Template(
+        user=('User: {text}\n',), assistant=('Bot: {text}', END_OF_TEXT)),
+    'tags': Template(
+        user=('<user>', '{text}', '</user>'), assistant=('<assistant>', '{text}', '</assistant>'),
+        closing=(END_OF_TEXT,))}
+
+
+@pytest.fixture(params=NEW)
+def template(request, monkeypatch):
+    """The name of a template that was just added."""
+    monkeypatch.setitem(TEMPLATES, 'mine', NEW[request.param])
+    return 'mine'
+
+
+def expected_turns(template):
+    """TURNS as they read back: without a place for it, the context is below the text."""
+    if TEMPLATES[template].user_with_context and TEMPLATES[template].headings:
+        return TURNS
+    return [Turn('user', 'Add </user>\n\n1 and 2'), TURNS[1]]
+
+
+def test_it_is_written_and_read_back(template, small):
+    ids, mask, _ = encode(TURNS, small, template)
+    assert decode(ids, mask, small, template) == expected_turns(template)
+    first = mask.argmax()
+    assert prompt(TURNS[:1], small, template) == ids[:first].tolist()
+    written = ids[first:].tolist()
+    assert answer_text(written, small, template) == TURNS[1].text
+    stops = conversation.stop_ids(small, template)
+    reader = AnswerText(small, template)
+    streamed = [reader.add([i]) for i in written[:int(mask.sum()) - 1]]
+    assert written[len(streamed)] in stops
+    assert ''.join(streamed) + reader.add([], final=True) == TURNS[1].text
+
+
+def test_it_is_prepared_opened_and_answered_with(
+        template, small, vocabulary, load_script, save_model, tmp_path, capsys):
+    rows = [{'instruction': TURNS[0].text, 'input': TURNS[0].context, 'output': TURNS[1].text}]
+    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    load_script('data/alpaca/prepare.py').main([
+        f'--input={tmp_path}/rows.json', f'--out_dir={tmp_path}/data', f'--template={template}',
+        f'--tokenizer={vocabulary}', '--val_fraction=0'])
+    ids, mask = Split([str(tmp_path / 'data')], 'train')[0]
+    assert decode(ids, mask, small, template) == expected_turns(template)
+    folder = save_model(tmp_path / 'model', small, template, block_size=128)
+    assert open_model(folder).template == template
+    load_script('sample.py').main([
+        f'--init_from={folder}', '--user=Hi', f'--template={template}', '--max_new_tokens=3',
+        '--device=cpu'])
+    assert capsys.readouterr().out.endswith('\n')
+
+
+def test_transformers_gives_its_ids(template, small):
+    transformers = pytest.importorskip('transformers')
+    tokenizers = pytest.importorskip('tokenizers')
+    chat_template = pytest.importorskip('formats.chat_template')
+    whole = tokenizers.Tokenizer.from_str(json.dumps(chat_template.tokenizer_json(small)))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=whole)
+    theirs.chat_template = chat_template.chat_template(template, small)
+    turns = [TURNS[0]._replace(context=''), TURNS[1]]
+    messages = [{'role': turn.role, 'content': turn.text} for turn in turns]
+    found = theirs.apply_chat_template(messages, return_dict=True,
+                                       return_assistant_tokens_mask=True)
+    ids, mask, _ = encode(turns, small, template)
+    assert found['input_ids'] == ids.tolist()
+    assert found['assistant_masks'] == mask.tolist()
