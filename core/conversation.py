@@ -144,12 +144,13 @@ def encode_pieces(pieces, tokenizer):
     return encoded
 
 
-def encode(turns, tokenizer, template='xml', max_tokens=None):
-    """ids (n,) uint16, loss mask (n,) uint8, and how many turns were cut off to fit max_tokens.
+def encode(turns, tokenizer, template='xml', max_tokens=None, cut=False):
+    """ids (n,) uint16, loss mask (n,) uint8, and how many turns are not whole in them.
 
     A conversation that is too long loses whole turns from the end, so that it still ends on the
-    assistant; (None, None, len(turns)) if no supervised answer fits. ValueError for text that
-    cannot be encoded or would forge the template's form.
+    assistant. With `cut`, the beginning of the next answer is kept, as far as it fits, without its
+    end. (None, None, len(turns)) if no supervised answer is left. ValueError for text that cannot
+    be encoded or would forge the template's form.
     """
     form = TEMPLATES[template]
     body = [encode_pieces(form.turn(turn), tokenizer) for turn in turns]
@@ -166,7 +167,16 @@ def encode(turns, tokenizer, template='xml', max_tokens=None):
     pieces = [([tokenizer.special[piece]], False) for piece in form.opening]
     for turn in body[:n_kept]:
         pieces += turn
-    pieces += [([tokenizer.special[piece]], False) for piece in form.closing]
+    beginning = []
+    if cut and n_kept < len(turns):
+        beginning = begin_answer(turns, body, n_kept, max_tokens - n + len(form.closing), tokenizer)
+    if beginning:
+        pieces += beginning
+        while turns[n_kept].role == 'user':
+            n_kept += 1  # it is whole
+    else:
+        pieces += [([tokenizer.special[piece]], False) for piece in form.closing]
+    n = sum(len(ids) for ids, _ in pieces)
     ids = np.empty(n, np.uint16)
     mask = np.zeros(n, np.uint8)
     at = 0
@@ -178,6 +188,26 @@ def encode(turns, tokenizer, template='xml', max_tokens=None):
     if n_kept < len(turns) and not mask.any():
         return None, None, len(turns)
     return ids, mask, len(turns) - n_kept
+
+
+def begin_answer(turns, body, first, room, tokenizer):
+    """The encoded pieces of the turns from `first` on up to as much of the next answer as fits.
+
+    [] if none of it does, or if it is not supervised.
+    """
+    pieces = []
+    for turn, encoded in zip(turns[first:], body[first:]):
+        if turn.role == 'user':
+            pieces += encoded
+            continue
+        *lead, (text, supervised), _ = encoded  # the last piece is what ends the answer
+        pieces += lead
+        room -= sum(len(ids) for ids, _ in pieces)
+        text = text[:max(room, 0)]
+        while len(text) and b'\xef\xbf\xbd' in tokenizer.decode(text[-4:]).encode()[-3:]:
+            text = text[:-1]  # a token that ends inside a character
+        return pieces + [(text, True)] if supervised and len(text) else []
+    return []
 
 
 def prompt(turns, tokenizer, template='xml'):

@@ -25,7 +25,12 @@ def decode(ids, mask, tokenizer, template='xml'):
         read = read_messages
     try:
         turns = read(ids, mask, tokenizer, form)
-        if encode(turns, tokenizer, template)[0].tolist() == ids:
+        whole = encode(turns, tokenizer, template)[0].tolist()
+        if whole == ids:
+            return turns
+        # One that was cut ends inside an answer, whose text may have other ids by itself.
+        is_cut = mask[-1] and ids[-1] not in tokenizer.special.values()
+        if is_cut and tokenizer.decode_bytes(whole).startswith(tokenizer.decode_bytes(ids)):
             return turns
     except (KeyError, ValueError):  # an unknown id, half a character, a forged heading
         pass
@@ -48,6 +53,9 @@ def read_tagged(ids, mask, tokenizer, form):
             elif token == tokenizer.special[f'</{role}>']:
                 text = exact_text(ids[start:i], tokenizer)
                 turns.append(Turn(role, text, '', role == 'user' or mask[i]))
+                start = len(ids)
+    if ids[start:]:
+        turns.append(Turn('assistant', exact_text(ids[start:], tokenizer)))
     return turns
 
 
@@ -61,6 +69,8 @@ def read_messages(ids, mask, tokenizer, form):
             text = exact_text(ids[start:i], tokenizer)
             turns.append(Turn(role, text, '', role == 'user' or mask[i]))
             start = i + 1
+    if ids[start:]:
+        turns.append(Turn('assistant', exact_text(ids[start:], tokenizer)))
     return turns
 
 
@@ -68,8 +78,8 @@ def read_exchanges(ids, mask, tokenizer, form):
     """<|endoftext|> ends an exchange; only the mask says where in it the answer begins."""
     turns = []
     start = 0
-    for i, token in enumerate(ids):
-        if token == tokenizer.end_of_text:
+    for i, token in enumerate([*ids, tokenizer.end_of_text]):
+        if token == tokenizer.end_of_text and start < len(ids):
             answer_start = mask.index(True, start, i + 1)
             request = exact_text(ids[start:answer_start], tokenizer)
             answer = exact_text(ids[answer_start:i], tokenizer)
