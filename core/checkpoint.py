@@ -163,6 +163,8 @@ def open_checkpoint(path):
             value = getattr(config, field.name)
             if type(value) is not field.type or (field.type is not str and value < 0):
                 raise ValueError(f'model_args has {field.name}={value!r}')
+        if config.gelu not in ('tanh', 'none'):
+            raise ValueError(f'model_args has gelu={config.gelu!r}')
         # Checked first, because it may claim a billion layers.
         if sum(name.endswith('.ln_1.weight') for name in saved.model) != config.n_layer:
             raise ValueError('the number of layers')
@@ -197,9 +199,13 @@ def open_pretrained(name, vocabulary):
         # Rows that no token stands for: padding.
         model.set_embedding(model.transformer.wte.weight[:tokenizer.vocab_size])
     template = config.get('conversation_template')
-    if template is not None and template not in TEMPLATES:
-        raise UserError(f'{name}/config.json has conversation_template={template!r}; known are '
-                        f'{", ".join(TEMPLATES)}.')
+    if template is not None:
+        if str(template) not in TEMPLATES:
+            raise UserError(f'{name}/config.json has conversation_template={template!r}; known '
+                            f'are {", ".join(TEMPLATES)}.')
+        if TEMPLATES[template].tags and not tokenizer.tags:
+            raise UserError(f'{name}/config.json has conversation_template={template!r}, but its '
+                            'vocabulary lacks the tags. Remove the key, and use --template.')
     return Opened(model, tokenizer, template, name, None, folder)
 
 
