@@ -1,101 +1,94 @@
-"""An exported folder: transformers reads in it what we have, id for id, and it comes back in as it went out."""
+"""An exported folder: transformers reads in it what we have, id for id, and we read it back."""
 import json
 import os
+import shutil
 import stat
 
 import pytest
 import torch
 
-pytest.importorskip('hypothesis', reason='hypothesis is not installed: pip install -r requirements-test.txt')
-from hypothesis import given, settings, strategies as st
+pytest.importorskip('hypothesis', reason='pip install -r requirements-test.txt')
+transformers = pytest.importorskip('transformers')
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
+from tiktoken.load import read_file_cached
 
-from formats import chat_template
-from core import checkpoint
-from core import conversation
 import evaluate
 import export
 import sample
-from core import tokenfile
-from core import tokenizer as tokenizers
-import train
 from configurator import UserError
-from core.conversation import TEMPLATES, Turn
-from model import GPT, GPTConfig
-from core.tokenizer import END_OF_TEXT, TAGS
 from conftest import TEXTS
+from core import checkpoint, conversation, readback
+from core import tokenizer as tokenizers
+from core.conversation import TEMPLATES
+from core.tokenizer import END_OF_TEXT, TAGS
+from formats import chat_template
 
-transformers = pytest.importorskip('transformers')
-PIECES = [*TAGS, END_OF_TEXT, '<', '>', '<user', '</', '|>', '### Response:', '### Instruction:', '\n', '\n\n', ' ', '  ', '\t', '\xa0', '\u2003', '\x1c',
-          '\x85', 'Answer:', "'s", '12', 'a', 'the', '.', '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
-TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=7).map(''.join).filter(
-    lambda text: not {chat_template.BREAK, chat_template.JOINT} & set(text))
+JAPAN = 'What is the capital of Japan?'
+FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'},
+          {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
+PIECES = [*TAGS, END_OF_TEXT, '<', '>', '<user', '</', '|>', '### Response:', '### Instruction:',
+          '\n', '\n\n', ' ', '  ', '\t', '\xa0', '\u2003', '\x1c', '\x85', 'Answer:', "'s", '12',
+          'a', 'the', '.', '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
+TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=7).map(''.join)
+TEXT = TEXT.filter(lambda text: not {chat_template.BREAK, chat_template.JOINT} & set(text))
 SETTINGS = settings(max_examples=120, deadline=None, derandomize=True, database=None)
-FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'}, {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
-
-
-def make(folder, bpe, template='xml', steps=0, **shape):
-    """A folder with the checkpoint of a tiny model, after some steps on what Japan's capital is."""
-    torch.manual_seed(0)
-    keys = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, dropout=0.0, bias=True, vocab_size=bpe.vocab_size) | shape
-    model = GPT(GPTConfig(**keys))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
-        ids, mask, _ = conversation.encode([Turn('user', 'What is the capital of Japan?'), Turn('assistant', 'Tokyo.')], bpe, template)
-        logits = model(torch.tensor(ids[None, :-1].astype(int)))[0]
-        loss = torch.nn.functional.cross_entropy(logits[mask[1:] == 1], torch.tensor(ids[1:][mask[1:] == 1].astype(int)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    os.makedirs(folder)
-    checkpoint.save(checkpoint.pack(model, bpe, template, {'max_iters': steps}, steps, 1.25), os.path.join(folder, 'ckpt.pt'))
-    return str(folder)
 
 
 def exported(source, out, **keys):
-    """Run export.py in this process; the folder."""
-    export.main([f'--{key}={value}' for key, value in {'init_from': source, 'out': out, **keys}.items()])
+    """Run export.py in this process; returns the folder."""
+    keys = {'init_from': source, 'out': out} | keys
+    export.main([f'--{key}={value}' for key, value in keys.items()])
     return str(out)
 
 
-@pytest.fixture(scope='session')
-def spaced(tmp_path_factory):
-    """The path of a vocabulary that has runs of white space as tokens, as GPT-2's has: what stands side by side can fuse."""
-    path = str(tmp_path_factory.mktemp('spaced') / 'tokenizer.json')
-    runs = [one + other + letter for one in (' ', '\n', '\t', '\n\n', '  ') for other in ('', ' ', '\n', '\t') for letter in ('', 'a', '.')]
-    tokenizers.learn([*TEXTS, *(run * n for run in runs for n in (1, 2, 3))], 400, path)
-    return path
+def read(path, name):
+    with open(os.path.join(path, name), 'rb') as file:
+        return file.read()
+
+
+def user(text):
+    return [{'role': 'user', 'content': text}]
 
 
 @pytest.fixture(scope='session')
-def folders(tmp_path_factory, spaced):
-    """{template: (exported folder, our tokenizer)}; two have the tags without needing them."""
-    base, found = tmp_path_factory.mktemp('exported'), {}
-    for template in TEMPLATES:
-        bpe = tokenizers.load(spaced, tags=template in ('xml', 'plain', 'alpaca'))
-        found[template] = exported(make(base / f'out-{template}', bpe, template), base / template), bpe
+def models(tmp_path_factory, learn, save_model):
+    """{template: (checkpoint's folder, exported folder)} of models that say Tokyo, and stop.
+
+    The vocabulary has runs of white space, as GPT-2's has, so that texts side by side can fuse.
+    Two models have the tags without needing them.
+    """
+    runs = []
+    for one in (' ', '\n', '\t', '\n\n', '  '):
+        for other in ('', ' ', '\n', '\t'):
+            for letter in ('', 'a', '.'):
+                runs += [(one + other + letter) * n for n in (1, 2, 3)]
+    vocabulary = learn(TEXTS + runs, 400)
+    base = tmp_path_factory.mktemp('models')
+    found = {}
+    for name in TEMPLATES:
+        bpe = tokenizers.load(vocabulary, tags=name in ('xml', 'plain', 'alpaca'))
+        source = save_model(base / f'out-{name}', bpe, name, 40, block_size=192)
+        found[name] = source, exported(source, base / name)
     return found
 
 
 @pytest.fixture(params=TEMPLATES)
-def each(request, folders):
+def each(request, models):
     """(template, transformers' tokenizer, ours) of each template."""
-    folder, bpe = folders[request.param]
-    return request.param, transformers.AutoTokenizer.from_pretrained(folder), bpe
+    source, path = models[request.param]
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    return request.param, theirs, checkpoint.open_model(source).tokenizer
 
 
-def test_gpt2s_merges_are_found_again(gpt2, vocabulary):
-    from tiktoken.load import read_file_cached
-    lines = read_file_cached(tokenizers.GPT2_MERGES, tokenizers.GPT2_MERGES_SHA256).decode().split('\n')[1:-1]
-    assert [tuple(map(tokenizers.to_unicode, pair)) for pair in chat_template.merges(gpt2.tokens)] == [tuple(line.split()) for line in lines]
-    with open(vocabulary, encoding='utf-8') as file:
-        learned = json.load(file)['model']['merges']
-    assert [[*map(tokenizers.to_unicode, pair)] for pair in chat_template.merges(tokenizers.load(vocabulary).tokens)] == learned
-
-
-def test_a_vocabulary_that_no_merging_makes_is_refused():
+def test_merges_are_found_again(gpt2):
+    source = read_file_cached(tokenizers.GPT2_MERGES, tokenizers.GPT2_MERGES_SHA256).decode()
+    found = chat_template.merges(gpt2.tokens)
+    for line, pair in zip(source.split('\n')[1:-1], found, strict=True):
+        assert line.split() == [*map(tokenizers.to_unicode, pair)]
     with pytest.raises(UserError, match="its token b'user'"):
-        chat_template.merges([bytes([b]) for b in range(256)] + [b'user'])
+        chat_template.merges(gpt2.tokens[:256] + [b'user'])
 
 
 # ---- the chat template ----
@@ -106,9 +99,12 @@ def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(each):
     @SETTINGS
     @given(texts=st.lists(TEXT, min_size=1, max_size=5), system=st.none() | TEXT)
     def check(texts, system):
-        messages = [{'role': ('user', 'assistant')[i % 2], 'content': text} for i, text in enumerate(texts)]
-        messages = ([] if system is None else [{'role': 'system', 'content': system}]) + messages
-        turns = conversation.from_messages(messages)
+        messages = []
+        for i, text in enumerate(texts):
+            messages.append({'role': readback.ROLES[i % 2], 'content': text})
+        if system is not None:
+            messages.insert(0, {'role': 'system', 'content': system})
+        turns = readback.from_messages(messages)
         try:
             ids, mask, _ = conversation.encode(turns, bpe, template)
         except ValueError:  # a forged heading
@@ -126,11 +122,12 @@ def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(each):
     check()
 
 
-def test_the_template_works_with_gpt2s_vocabulary_and_ids_read_back(tmp_path, gpt2):
-    folder = exported(make(tmp_path / 'out', gpt2, n_embd=8, n_layer=1), tmp_path / 'my')
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    messages = [{'role': 'user', 'content': ' done.</user>\n'}, {'role': 'assistant', 'content': 'Grüße 🙂 <|endoftext|>'}]
-    ids = conversation.encode(conversation.from_messages(messages), gpt2)[0].tolist()
+def test_the_template_works_with_gpt2s_vocabulary_and_ids_read_back(tmp_path, gpt2, save_model):
+    path = exported(save_model(tmp_path / 'out', gpt2, n_embd=8, n_layer=1), tmp_path / 'my')
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    messages = [*user(' done.</user>\n'),
+                {'role': 'assistant', 'content': 'Grüße 🙂 <|endoftext|>'}]
+    ids = conversation.encode(readback.from_messages(messages), gpt2)[0].tolist()
     assert theirs.apply_chat_template(messages)['input_ids'] == ids
     assert theirs.decode(ids) == gpt2.decode(ids)
     assert len(theirs) == gpt2.vocab_size == 50263
@@ -139,35 +136,38 @@ def test_the_template_works_with_gpt2s_vocabulary_and_ids_read_back(tmp_path, gp
 
 
 @pytest.mark.parametrize('messages, said', [
-    ([{'role': 'assistant', 'content': 'Hi'}], 'user and assistant in turn'),
-    ([FRANCE[0], FRANCE[0]], 'user and assistant in turn'),
+    (FRANCE[1:], 'user and assistant in turn'), (FRANCE[:1] * 2, 'user and assistant in turn'),
     ([FRANCE[0], {'role': 'system', 'content': 'x'}], 'user and assistant in turn'),
-    ([{'role': 'tool', 'content': 'Hi'}], 'user and assistant in turn'),
     ([{'content': 'Hi'}], 'user and assistant in turn'),
     ([{'role': 'system', 'content': 'x'}], 'there is no message of a user'),
-    ([{'role': 'user'}], 'must be a text'), ([{'role': 'user', 'content': [{'type': 'text', 'text': 'Hi'}]}], 'must be a text'),
-    ([{'role': 'user', 'content': 'a\ufdd0b'}], 'stand for no character'), ([{'role': 'user', 'content': '\ufdd1'}], 'stand for no character')])
+    ([{'role': 'user'}], 'must be a text'), (user([{'text': 'Hi'}]), 'must be a text'),
+    (user('a\ufdd0b'), 'stand for no character'), (user('\ufdd1'), 'stand for no character')])
 def test_what_is_no_conversation_is_refused(each, messages, said):
     with pytest.raises(TemplateError, match=said):
         each[1].apply_chat_template(messages)
 
 
 def test_joints_are_written_only_where_something_would_fuse(each):
+    """So that llama.cpp, which takes none out, meets none in ordinary text."""
     template, theirs, _ = each
-    for text in ('What is it?', '1', 'é'):
-        rendered = theirs.apply_chat_template([{'role': 'user', 'content': text}, {'role': 'assistant', 'content': text}], tokenize=False)
-        assert not {chat_template.BREAK, chat_template.JOINT} & set(rendered)  # so that llama.cpp, which takes none out, meets none
-    rendered = theirs.apply_chat_template([{'role': 'user', 'content': 'a '}, {'role': 'assistant', 'content': ' b'}], tokenize=False)
-    assert (chat_template.JOINT in rendered) == (template in ('plain', 'alpaca'))
+
+    def has_marks(question, answer):
+        messages = [*user(question), {'role': 'assistant', 'content': answer}]
+        rendered = theirs.apply_chat_template(messages, tokenize=False)
+        return bool({chat_template.BREAK, chat_template.JOINT} & set(rendered))
+    assert not any(has_marks(text, text) for text in ('What is it?', '1', 'é'))
+    assert has_marks('a ', ' b') == (template in ('plain', 'alpaca'))
 
 
 # ---- the model ----
 
-@pytest.mark.parametrize('bias, dtype, tolerance', [(True, 'float32', 1e-4), (False, 'float32', 1e-4), (True, 'bfloat16', 0.05), (True, 'float16', 0.01)])
-def test_logits_are_ours(tmp_path, small, bias, dtype, tolerance):
-    source = make(tmp_path / 'out', small, steps=3, bias=bias)
-    folder = exported(source, tmp_path / 'my', dtype=dtype)
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+@pytest.mark.parametrize('changes, dtype, tolerance', [
+    ({}, 'float32', 1e-4), ({'bias': False}, 'float32', 1e-4), ({'gelu': 'none'}, 'float32', 1e-4),
+    ({}, 'bfloat16', 0.05), ({}, 'float16', 0.01)])
+def test_logits_are_ours(tmp_path, small, save_model, changes, dtype, tolerance):
+    source = save_model(tmp_path / 'out', small, steps=3, **changes)
+    path = exported(source, tmp_path / 'my', dtype=dtype)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not info['missing_keys'] and not info['unexpected_keys']
     assert theirs.dtype == getattr(torch, dtype)
     idx = torch.arange(small.vocab_size)[None, :60]
@@ -175,162 +175,170 @@ def test_logits_are_ours(tmp_path, small, bias, dtype, tolerance):
     with torch.no_grad():
         logits = theirs.float()(idx).logits
         torch.testing.assert_close(logits, ours(idx), atol=tolerance, rtol=0)
-    assert logits.shape[-1] == small.vocab_size < ours.config.padded_vocab_size  # no padded row is exported
-
-
-@pytest.fixture(scope='session')
-def tokyo(tmp_path_factory, vocabulary):
-    """{template: (checkpoint's folder, exported folder)} of models that say Tokyo, and stop."""
-    base = tmp_path_factory.mktemp('tokyo')
-    return {template: (source := make(base / f'out-{template}', tokenizers.load(vocabulary, tags=TEMPLATES[template].tags), template, 40, block_size=192),
-                       exported(source, base / template)) for template in TEMPLATES}
+    # No padded row is exported.
+    assert logits.shape[-1] == small.vocab_size < ours.config.padded_vocab_size
 
 
 @pytest.mark.parametrize('template', TEMPLATES)
-def test_generate_and_pipeline_write_and_stop_as_sample_py_does(tokyo, template, capsys):
-    source, folder = tokyo[template]
-    ask = transformers.pipeline('text-generation', folder)
+def test_generate_and_pipeline_write_and_stop_as_sample_py_does(models, template, capsys):
+    source, path = models[template]
+    ask = transformers.pipeline('text-generation', path)
     opened = checkpoint.open_model(source)
     stops = conversation.stop_ids(opened.tokenizer, template)
-    assert set(ask.model.generation_config.eos_token_id) == stops and ask.tokenizer.eos_token_id in stops
-    messages = [{'role': 'user', 'content': 'What is the capital of Japan?'}]
-    tokens = ask.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt')
-    assert set(tokens) == {'input_ids', 'attention_mask'} and ask.tokenizer.model_input_names == ['input_ids', 'attention_mask']
+    assert set(ask.model.generation_config.eos_token_id) == stops
+    assert ask.tokenizer.eos_token_id in stops
+    tokens = ask.tokenizer.apply_chat_template(user(JAPAN), add_generation_prompt=True,
+                                               return_tensors='pt')
+    assert set(tokens) == {'input_ids', 'attention_mask'}
     written = ask.model.generate(**tokens)[0, tokens['input_ids'].shape[1]:].tolist()
-    ours = evaluate.answer_all(opened, template, [conversation.from_messages(messages)])[0]
+    ours = evaluate.answer_all(opened, template, [readback.from_messages(user(JAPAN))])[0]
     assert ours.text == 'Tokyo.' and written[:-1] == ours.ids and written[-1] in stops
     capsys.readouterr()
-    for init_from in (source, folder):
-        sample.main([f'--init_from={init_from}', '--temperature=0', '--device=cpu', f"--user={messages[0]['content']}"])
+    for init_from in (source, path):
+        sample.main([f'--init_from={init_from}', '--temperature=0', '--device=cpu',
+                     f'--user={JAPAN}'])
         assert capsys.readouterr().out == 'Tokyo.\n'
-    # in `plain` and `question` the space before the answer is the answer's, and transformers leaves it there
-    assert ask(messages)[0]['generated_text'][-1]['content'].removeprefix(' ') == 'Tokyo.'
+    # transformers leaves the space there that `plain` and `question` put before an answer.
+    assert ask(user(JAPAN))[0]['generated_text'][-1]['content'].removeprefix(' ') == 'Tokyo.'
 
 
 # ---- back in ----
 
 @pytest.mark.parametrize('template', TEMPLATES)
-def test_what_was_exported_opens_as_it_was(tokyo, template):
-    source, folder = tokyo[template]
-    was, opened = checkpoint.open_model(source), checkpoint.open_model(folder)
-    assert opened.template == template and opened.tokenizer.sha256 == was.tokenizer.sha256
+def test_what_was_exported_opens_as_it_was_and_exports_the_same(models, template, tmp_path):
+    source, path = models[template]
+    was = checkpoint.open_model(source)
+    opened = checkpoint.open_model(path)
+    assert opened.template == template and opened.model.config == was.model.config
+    assert opened.tokenizer.state()['tokens'] == was.tokenizer.state()['tokens']
     assert opened.tokenizer.special == was.tokenizer.special
-    assert opened.model.config == was.model.config
     for name, p in was.model.state_dict().items():
         assert torch.equal(opened.model.state_dict()[name], p), name
-
-
-def test_an_export_can_be_trained_on_evaluated_and_exported_again(tokyo, tmp_path, small):
-    data = tmp_path / 'data'
-    with tokenfile.Writer(str(data / 'tiny'), ('train', 'val')) as writer:
-        ids, mask, _ = conversation.encode(conversation.from_messages(FRANCE), small)
-        for split in ('train', 'val'):
-            writer.add(split, ids, mask, [len(ids)])
-        writer.finish({'template': 'xml', 'tokenizer': small.state()})
-    train.main([f'--{key}={value}' for key, value in dict(
-        init_from=tokyo['xml'][1], dataset='tiny', data_dir=data, out_dir=tmp_path / 'out', block_size=192, max_iters=1, device='cpu',
-        batch_size=1, gradient_accumulation_steps=1).items()])
-    assert checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['template'] == 'xml'
-    evaluate.main([f'--models={tokyo["xml"][1]}', '--dataset=tiny', f'--data_dir={data}', f'--out_dir={tmp_path / "report"}', '--device=cpu'])
-    with open(tmp_path / 'report' / 'report.json', encoding='utf-8') as file:
-        assert json.load(file)['models'][0]['template'] == 'xml'
-    again = exported(tokyo['xml'][1], tmp_path / 'again')
+    again = exported(path, tmp_path / 'again')
     for name in export.FILES - {'README.md', 'model.gguf'}:
-        with open(os.path.join(again, name), 'rb') as one, open(os.path.join(tokyo['xml'][1], name), 'rb') as other:
-            assert one.read() == other.read(), name
+        assert read(again, name) == read(path, name), name
 
 
-@pytest.mark.parametrize('value, said', [('klingon', "conversation_template='klingon', known are xml"), (7, "conversation_template='7'"),
-                                         ([], r"conversation_template='\[\]'"), ('xml', 'lacks the tags')])
-def test_a_strange_template_in_config_json_is_a_line(folders, tmp_path, value, said):
-    for name in os.listdir(folders['question'][0]):
-        (tmp_path / name).write_bytes(open(os.path.join(folders['question'][0], name), 'rb').read())
-    config = json.loads((tmp_path / 'config.json').read_text())
-    (tmp_path / 'config.json').write_text(json.dumps(config | {'conversation_template': value}))
-    with pytest.raises(UserError, match=said):
-        checkpoint.open_model(str(tmp_path))
+def test_what_transformers_saves_comes_back_with_its_template(models, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(models['xml'][1]).eval()
+    bpe = transformers.AutoTokenizer.from_pretrained(models['xml'][1])
+    for part in (model, bpe):
+        part.save_pretrained(tmp_path)
+    opened = checkpoint.open_model(str(tmp_path))
+    ids = bpe.apply_chat_template(FRANCE)['input_ids']
+    turns = readback.from_messages(FRANCE)
+    assert conversation.encode(turns, opened.tokenizer, opened.template)[0].tolist() == ids
+    idx = torch.tensor([ids])
+    with torch.no_grad():
+        torch.testing.assert_close(opened.model.eval()(idx), model(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('value', ['klingon', 7, [], 'xml'])
+def test_a_strange_template_in_config_json_is_a_line(models, tmp_path, value):
+    shutil.copytree(models['question'][1], tmp_path / 'my')
+    path = tmp_path / 'my' / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {'conversation_template': value}))
+    with pytest.raises(UserError) as error:
+        checkpoint.open_model(str(tmp_path / 'my'))
+    assert '\n' not in str(error.value)
 
 
 # ---- whole or not at all ----
 
 @pytest.fixture
-def source(tmp_path, small):
-    return make(tmp_path / 'out', small)
+def source(tmp_path, small, save_model):
+    return save_model(tmp_path / 'out', small)
+
+
+def dtype_of(path):
+    return json.loads(read(path, 'config.json'))['dtype']
 
 
 def test_an_export_replaces_an_export_and_nothing_else(source, tmp_path):
-    folder = exported(source, tmp_path / 'my')
-    assert set(os.listdir(folder)) == export.FILES - {'model.gguf'}
-    assert len({stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode) for name in os.listdir(folder)}) == 1
-    with pytest.raises(UserError, match='is there already. Replace an export by --overwrite=True'):
-        exported(source, folder)
-    exported(source, folder, overwrite=True, dtype='bfloat16')
-    assert json.load(open(os.path.join(folder, 'config.json')))['dtype'] == 'bfloat16'
+    path = exported(source, tmp_path / 'my')
+    assert set(os.listdir(path)) == export.FILES - {'model.gguf'}
+    modes = {stat.S_IMODE(os.stat(os.path.join(path, name)).st_mode) for name in os.listdir(path)}
+    assert len(modes) == 1
+    with pytest.raises(UserError, match='is there already. Replace it with --overwrite=True'):
+        exported(source, path)
+    exported(source, path, overwrite=True, dtype='bfloat16')
+    assert dtype_of(path) == 'bfloat16'
     (tmp_path / 'my' / 'notes.txt').write_text('mine')
-    with pytest.raises(UserError, match='holds notes.txt, which no export wrote'):
-        exported(source, folder, overwrite=True)
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'config.json').write_text('{}')
-    with pytest.raises(UserError, match='no export of ours'):
-        exported(source, tmp_path / 'other', overwrite=True)
     (tmp_path / 'file').write_text('mine')
-    with pytest.raises(UserError, match='is not replaced'):
-        exported(source, tmp_path / 'file', overwrite=True)
+    for out, said in (('my', 'holds notes.txt, which no export wrote'), ('file', 'directory'),
+                      ('other', 'it has no conversation_template')):
+        with pytest.raises(UserError, match=said + '.* Only an export can be replaced'):
+            exported(source, tmp_path / out, overwrite=True)
     (tmp_path / 'empty').mkdir()
     exported(source, tmp_path / 'empty')
     assert sorted(os.listdir(tmp_path)) == ['empty', 'file', 'my', 'other', 'out']
 
 
-@pytest.mark.parametrize('broken', ['write', 'os.rename'])
-def test_what_fails_leaves_what_was_there(source, tmp_path, monkeypatch, broken):
-    folder = exported(source, tmp_path / 'my')
-    rename, write = os.rename, export.write
+@pytest.mark.parametrize('where', ['fsync', 'rename'])
+def test_a_full_disk_leaves_what_was_there(source, tmp_path, monkeypatch, where):
+    path = exported(source, tmp_path / 'my')
+    call = getattr(os, where)
 
-    def fail(one, other, *rest):
-        if broken == 'write':
-            write(one, other, *rest)
-        elif not one.endswith('new'):
-            return rename(one, other)
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(export if broken == 'write' else os, broken.removeprefix('os.'), fail)
+    def full(one, *others):
+        if where == 'fsync' or one.endswith('new'):
+            raise OSError(28, 'No space left on device')
+        call(one, *others)
+    monkeypatch.setattr(os, where, full)
     with pytest.raises(UserError, match='my: No space left on device. Make room'):
-        exported(source, folder, overwrite=True, dtype='float16')
-    assert json.load(open(os.path.join(folder, 'config.json')))['dtype'] == 'float32'
-    assert sorted(os.listdir(tmp_path)) == ['my', 'out']
+        exported(source, path, overwrite=True, dtype='float16')
+    assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
 
 
-def test_what_a_kill_left_is_cleared_away(source, tmp_path):
-    (tmp_path / 'my.partial' / 'new').mkdir(parents=True)
-    exported(source, tmp_path / 'my')
-    assert sorted(os.listdir(tmp_path)) == ['my', 'out']
+@pytest.mark.parametrize('n_renames', [0, 1, 2])
+def test_a_kill_after_any_rename_loses_no_export(source, tmp_path, monkeypatch, n_renames):
+    path = exported(source, tmp_path / 'my')
+    written = tmp_path / 'my.partial' / 'new' / 'README.md'
+    done = []
+
+    class Killed(BaseException):
+        """After it the process does nothing more: every call raises it again."""
+
+    def until_killed(call):
+        def run(*arguments, **options):
+            if done or written.exists():
+                if len(done) == n_renames:
+                    raise Killed
+                done.append(call)
+            return call(*arguments, **options)
+        return run
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, 'rename', until_killed(os.rename))
+        patch.setattr(shutil, 'rmtree', until_killed(shutil.rmtree))
+        exported(source, path, overwrite=True, dtype='float16')
+    assert os.path.exists(path) == (n_renames != 1)
+    with pytest.raises(UserError, match='is there already'):
+        exported(source, path)
+    assert dtype_of(path) == ('float16' if n_renames == 2 else 'float32')
+    exported(source, path, overwrite=True, dtype='bfloat16')
+    assert dtype_of(path) == 'bfloat16' and sorted(os.listdir(tmp_path)) == ['my', 'out']
 
 
 @pytest.mark.parametrize('keys, said', [
-    (dict(out=''), '--out=FOLDER'), (dict(dtype='int8'), "dtype='int8'"), (dict(which='first'), "which='first'"),
-    (dict(init_from='nowhere'), 'neither a folder nor'), (dict(out='/proc/x/y'), 'cannot write to /proc/x/y.partial: .* Use --out=FOLDER')])
+    ({'out': ''}, '--out=FOLDER'), ({'dtype': 'int8'}, "found 'int8', expected one of float32"),
+    ({'which': 'first'}, 'one of best, last'), ({'init_from': '/nowhere'}, '/nowhere'),
+    ({'out': '/proc/x/y'}, 'cannot write to /proc/x/y.partial: .* Use --out=FOLDER')])
 def test_a_mistake_gets_one_line(source, tmp_path, keys, said):
-    with pytest.raises(UserError, match=said) as caught:
-        exported(**{'source': source, 'out': tmp_path / 'my', **keys} if 'init_from' not in keys else
-                 {'source': keys['init_from'], 'out': tmp_path / 'my'})
-    assert '\n' not in str(caught.value)
-    assert not (tmp_path / 'my').exists()
+    with pytest.raises(UserError, match=said) as error:
+        exported(**{'source': source, 'out': tmp_path / 'my'} | keys)
+    assert '\n' not in str(error.value)
+    assert os.listdir(tmp_path) == ['out']
 
 
 def test_a_model_that_was_never_tuned_is_not_exported(tmp_path):
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=257)).save_pretrained(tmp_path / 'm')
-    (tmp_path / 'm' / 'vocab.json').write_text(json.dumps({tokenizers.to_unicode(bytes([b])): b for b in range(256)}))
+    shape = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 16, 'vocab_size': 257}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    model.save_pretrained(tmp_path / 'm')
+    vocab = {tokenizers.to_unicode(bytes([b])): b for b in range(256)}
+    (tmp_path / 'm' / 'vocab.json').write_text(json.dumps(vocab))
     (tmp_path / 'm' / 'merges.txt').write_text('')
     with pytest.raises(UserError, match='was never tuned here'):
         exported(tmp_path / 'm', tmp_path / 'my')
-
-
-def test_the_exact_gelu_goes_to_transformers_and_not_to_llama_cpp(small, tmp_path):
-    source = make(tmp_path / 'source', small, gelu='none')
-    folder = exported(source, tmp_path / 'my')
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    ours = checkpoint.open_model(source).model.eval()
-    idx = torch.arange(40)[None]
-    torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-4, rtol=0)
-    with pytest.raises(UserError, match='exact GELU'):
-        exported(source, tmp_path / 'other', gguf=True)
-    assert not os.path.exists(tmp_path / 'other')
+    assert os.listdir(tmp_path) == ['m']

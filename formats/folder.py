@@ -1,0 +1,124 @@
+"""A model as a folder in transformers' form: weights, settings, vocabulary, chat template.
+
+    python export.py --init_from=out/oasst --out=my-model
+
+core/pretrained.py reads such folders.
+Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
+"""
+import json
+import os
+import shutil
+
+import safetensors.torch  # comes with transformers
+import torch
+
+from core import conversation
+from core.conversation import TEMPLATES
+from core.pretrained import TRANSPOSED
+from core.tokenizer import END_OF_TEXT
+from formats.chat_template import chat_template, tokenizer_json
+
+
+def to_transformers(model):
+    """(config.json as a dict, {name: tensor}) that transformers' GPT2LMHeadModel loads."""
+    c = model.config
+    gelu = 'gelu'
+    if c.gelu == 'tanh':
+        gelu = 'gelu_new'
+    config = {
+        'model_type': 'gpt2',
+        'architectures': ['GPT2LMHeadModel'],
+        'n_layer': c.n_layer,
+        'n_head': c.n_head,
+        'n_embd': c.n_embd,
+        'n_positions': c.block_size,
+        'n_ctx': c.block_size,
+        'vocab_size': c.vocab_size,
+        'activation_function': gelu,
+        'layer_norm_epsilon': 1e-5,
+        'tie_word_embeddings': True,
+    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == 'transformer.wte.weight':
+            tensor = tensor[:c.vocab_size]  # without the padding
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        # clone: safetensors refuses tensors that share their memory
+        weights[name] = tensor.detach().cpu().contiguous().clone()
+    if not c.bias:
+        # transformers has no GPT-2 without biases, but biases of zero compute the same.
+        for name in list(weights):
+            if not name.endswith(('wte.weight', 'wpe.weight')):
+                n_outputs = weights[name].shape[-1]
+                weights[name.removesuffix('weight') + 'bias'] = torch.zeros(n_outputs)
+    return config, weights
+
+
+def contents(opened, dtype):
+    """({file name: text}, {name: tensor}) of a tuned model; weights in the dtype, a name."""
+    tokenizer = opened.tokenizer
+    window = opened.model.config.block_size
+    dropout = opened.model.config.dropout
+    # llama.cpp and others know one token that ends an answer. If it were <|endoftext|>, they
+    # would write on after </assistant>; at <|endoftext|> they stop anyway.
+    eos = TEMPLATES[opened.template].stops[0]
+    ids = {
+        'bos_token_id': tokenizer.end_of_text,
+        'pad_token_id': tokenizer.end_of_text,
+    }
+    config, weights = to_transformers(opened.model)
+    config |= ids
+    config |= {
+        'eos_token_id': tokenizer.special[eos],
+        'dtype': dtype,
+        'conversation_template': opened.template,  # our own key
+        'embd_pdrop': dropout,
+        'resid_pdrop': dropout,
+        'attn_pdrop': 0.0,
+    }
+    generation = ids | {
+        'eos_token_id': sorted(conversation.stop_ids(tokenizer, opened.template)),
+        'max_new_tokens': min(256, window // 2),
+    }
+    others = [piece for piece in tokenizer.special if piece not in (END_OF_TEXT, eos)]
+    settings = {
+        # No token_type_ids: transformers 4 would make them, and GPT-2 add them to its input.
+        'model_input_names': ['input_ids', 'attention_mask'],
+        # The class that takes tokenizer.json as it is. GPT2Tokenizer would change it.
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'model_max_length': window,
+        'bos_token': END_OF_TEXT,
+        'eos_token': eos,
+        'pad_token': END_OF_TEXT,
+        'add_bos_token': False,
+        'clean_up_tokenization_spaces': False,
+        'additional_special_tokens': others,
+    }
+    texts = {
+        'config.json': as_json(config),
+        'generation_config.json': as_json(generation),
+        'tokenizer.json': as_json(tokenizer_json(tokenizer)),
+        'tokenizer_config.json': as_json(settings),
+        'chat_template.jinja': chat_template(opened.template, tokenizer),
+    }
+    for name, tensor in weights.items():
+        weights[name] = tensor.to(getattr(torch, dtype))
+    return texts, weights
+
+
+def as_json(value):
+    """The text of a JSON file."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + '\n'
+
+
+def write(folder, texts, weights):
+    """Write the files into a new folder."""
+    os.mkdir(folder)
+    for name, text in texts.items():
+        with open(os.path.join(folder, name), 'w', encoding='utf-8', newline='\n') as file:
+            file.write(text)
+    path = os.path.join(folder, 'model.safetensors')
+    safetensors.torch.save_file(weights, path, {'format': 'pt'})
+    # safetensors makes a file that nobody else may read.
+    shutil.copymode(os.path.join(folder, 'config.json'), path)
