@@ -1,140 +1,141 @@
-"""nanoGPT's ckpt.pt opens here: its logits, its vocabulary with our tags or without, and the lines where it cannot."""
+"""nanoGPT's ckpt.pt, converted: its logits, its vocabulary, and a line for one that cannot be."""
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from core import checkpoint
-import train
+import sample
 from configurator import UserError
-from core.conversation import Turn, encode
-from model import from_transformers, to_transformers
-from test_checkpoint import Payload
-from test_train import flags
-from core.tokenfile import Writer
+from core import checkpoint
 from core.tokenizer import Tokenizer
+from formats import nanogpt
 
 
 @pytest.fixture
 def of_its_size(monkeypatch):
-    """In the place of GPT-2's vocabulary one of as many tokens, which is on every machine."""
-    tokens = [bytes([b]) for b in range(256)] + [b'%05d' % i for i in range(256, 50256)]
-    monkeypatch.setattr(checkpoint.tokenizers, 'load', lambda name, tags=True: Tokenizer('stand-in', tokens, tags))
+    """A vocabulary of as many tokens as GPT-2's: pairs of bytes, which is on every machine."""
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes([i // 256, i % 256]) for i in range(50_000)]
+
+    load = nanogpt.tokenizers.load
+
+    def load_stand_in(name, tags=True):
+        return Tokenizer('gpt2', tokens, tags) if name == 'gpt2' else load(name, tags)
+    monkeypatch.setattr(nanogpt.tokenizers, 'load', load_stand_in)
 
 
 def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
-    """Write what nanoGPT's train.py saves, of a small random model; its state_dict."""
+    """Write what nanoGPT's train.py saves of a small random model; returns its state_dict."""
     torch.manual_seed(1)
-    C, args = 8, dict(n_layer=2, n_head=2, n_embd=8, block_size=16, bias=bias, vocab_size=vocab_size, dropout=0.0)
-    shapes = {'transformer.wte': (vocab_size, C), 'transformer.wpe': (16, C), 'transformer.ln_f': (C,)}
+    C = 8
+    shapes = {'transformer.wte': (vocab_size, C), 'transformer.wpe': (16, C),
+              'transformer.ln_f': (C,)}
     for h in ('transformer.h.0', 'transformer.h.1'):
         shapes |= {f'{h}.ln_1': (C,), f'{h}.attn.c_attn': (3 * C, C), f'{h}.attn.c_proj': (C, C),
                    f'{h}.ln_2': (C,), f'{h}.mlp.c_fc': (4 * C, C), f'{h}.mlp.c_proj': (C, 4 * C)}
     state = {f'{name}.weight': torch.randn(shape) for name, shape in shapes.items()}
-    state |= {f'{name}.bias': torch.randn(shape[0]) for name, shape in shapes.items() if bias and name[-3:] not in ('wte', 'wpe')}
+    for name, shape in shapes.items():
+        if bias and not name.endswith(('wte', 'wpe')):
+            state[f'{name}.bias'] = torch.randn(shape[0])
     state['lm_head.weight'] = state['transformer.wte.weight']
-    os.makedirs(path, exist_ok=True)
-    torch.save({'model': {prefix + name: p for name, p in state.items()}, 'optimizer': {'state': {}}, 'model_args': args,
-                'iter_num': 7, 'best_val_loss': torch.tensor(3.25), 'config': {'dataset': 'oasst'}, **changes}, path / 'ckpt.pt')
+    saved = {prefix + name: p for name, p in state.items()}
+    saved[f'{prefix}transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # of older versions
+    args = {'n_layer': 2, 'n_head': 2, 'n_embd': C, 'block_size': 16, 'bias': bias,
+            'vocab_size': vocab_size, 'dropout': 0.0}
+    torch.save({'model': saved, 'optimizer': {'state': {}}, 'model_args': args, 'iter_num': 7,
+                'best_val_loss': torch.tensor(3.25), 'config': {}} | changes, path / 'ckpt.pt')
     return state
 
 
-def logits(state, idx, n_head=2, n_layer=2):
-    """What nanoGPT's model.py computes, from the names of its weights."""
-    get = lambda name: (state[f'transformer.{name}.weight'], state.get(f'transformer.{name}.bias'))  # noqa: E731
-    norm = lambda name, x: F.layer_norm(x, x.shape[-1:], *get(name), 1e-5)  # noqa: E731
+def logits(state, idx):
+    """What nanoGPT's model.py computes for idx (1, T), from the names of its weights."""
+    def get(name):
+        return state[f'transformer.{name}.weight'], state.get(f'transformer.{name}.bias')
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], *get(name), 1e-5)
     x = F.embedding(idx, get('wte')[0]) + get('wpe')[0][:idx.shape[1]]
-    for i in range(n_layer):
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, n_head, -1).transpose(1, 2) for part in F.linear(norm(f'h.{i}.ln_1', x), *get(f'h.{i}.attn.c_attn')).split(C, 2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
-        x = x + F.linear(y, *get(f'h.{i}.attn.c_proj'))
-        x = x + F.linear(F.gelu(F.linear(norm(f'h.{i}.ln_2', x), *get(f'h.{i}.mlp.c_fc'))), *get(f'h.{i}.mlp.c_proj'))
+    for h in ('h.0', 'h.1'):
+        qkv = F.linear(norm(f'{h}.ln_1', x), *get(f'{h}.attn.c_attn'))
+        q, k, v = (part.view(1, -1, 2, 4).transpose(1, 2) for part in qkv.split(8, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + F.linear(y, *get(f'{h}.attn.c_proj'))
+        y = F.gelu(F.linear(norm(f'{h}.ln_2', x), *get(f'{h}.mlp.c_fc')))
+        x = x + F.linear(y, *get(f'{h}.mlp.c_proj'))
     return F.linear(norm('ln_f', x), state['lm_head.weight'])
 
 
-@pytest.mark.parametrize('vocab_size, bias, prefix', [(50304, True, ''), (50304, False, '_orig_mod.'), (50257, False, '')])
-def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix):
-    state = ckpt(tmp_path / 'nano', vocab_size, bias, prefix)
-    opened = checkpoint.open_model(str(tmp_path / 'nano'))
+@pytest.mark.parametrize('vocab_size, bias, prefix, tags', [
+    (50304, True, '', True), (50304, False, '_orig_mod.', False), (50257, False, '', True)])
+def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix, tags):
+    state = ckpt(tmp_path, vocab_size, bias, prefix)
+    nanogpt.main([f'--input={tmp_path}/ckpt.pt', f'--out={tmp_path}/my', f'--tags={tags}'])
+    assert sorted(os.listdir(tmp_path / 'my')) == [
+        'config.json', 'model.safetensors', 'tokenizer.json']
+    opened = checkpoint.open_model(str(tmp_path / 'my'))
     n = opened.tokenizer.vocab_size
-    assert (n, opened.tokenizer.tags) == ((50263, True) if vocab_size == 50304 else (50257, False))
-    assert opened.template is None and opened.model.config.bias == bias and 'step 7' in opened.description
+    assert n == (50263 if vocab_size == 50304 and tags else 50257)
+    assert opened.tokenizer.tags == (n == 50263)
+    assert opened.template is None and opened.model.config.gelu == 'none'
     idx = torch.cat([torch.tensor([[n - 1]]), torch.randint(0, n, (1, 14))], 1)
+    expected = logits(state, idx)[..., :n]
     with torch.no_grad():
-        assert (opened.model(idx) - logits(state, idx)[..., :n]).abs().max() < 1e-4
-        opened.model.transformer.h[0].gelu = 'tanh'  # so the test can tell one GELU from the other
-        assert (opened.model(idx) - logits(state, idx)[..., :n]).abs().max() > 1e-4
+        assert (opened.model(idx) - expected).abs().max() < 1e-4
+        for block in opened.model.transformer.h:
+            block.gelu = 'tanh'  # the test can tell one GELU from the other
+        assert (opened.model(idx) - expected).abs().max() > 1e-4
 
 
-def test_the_gelu_goes_with_the_model(tmp_path, of_its_size):
-    """Into our checkpoint and back, and into transformers' form and back."""
-    ckpt(tmp_path / 'nano')
-    opened, idx = checkpoint.open_model(str(tmp_path / 'nano')), torch.arange(12)[None]
-    checkpoint.save(checkpoint.pack(opened.model, opened.tokenizer, 'xml', {}, 1, None), str(tmp_path / 'ckpt.pt'))
-    config, weights = to_transformers(opened.model)
-    with torch.no_grad():
-        for other in (checkpoint.open_model('resume', str(tmp_path)).model, from_transformers(config, weights)):
-            assert other.config.gelu == 'none' and torch.allclose(other(idx), opened.model(idx), atol=1e-5)
-        transformers = pytest.importorskip('transformers')
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
-        theirs.load_state_dict(weights, strict=False)
-        assert torch.allclose(theirs(idx).logits, opened.model(idx), atol=1e-4)
+def test_the_command_of_the_error_leads_to_text(tmp_path, gpt2, script, capsys):
+    ckpt(tmp_path)
+    with pytest.raises(UserError, match='python formats/nanogpt.py --input=.*ckpt.pt --out=FOLDER'):
+        sample.main([f'--init_from={tmp_path}', '--start=Hi'])
+    found = script('formats/nanogpt.py', '--input=ckpt.pt', '--out=my')
+    assert found.returncode == 0 and 'sample.py --init_from=my' in found.stdout, found.stderr
+    capsys.readouterr()
+    sample.main([f'--init_from={tmp_path}/my', '--start=Hi', '--max_new_tokens=4', '--device=cpu'])
+    assert capsys.readouterr().out.startswith('Hi')
+    with pytest.raises(UserError, match='my: File exists. Use --out=FOLDER'):
+        nanogpt.main([f'--input={tmp_path}/ckpt.pt', f'--out={tmp_path}/my'])
 
 
-def test_a_checkpoint_from_before_there_was_a_choice_has_gpt2s(tmp_path, of_its_size):
-    ckpt(tmp_path / 'nano')
-    opened = checkpoint.open_model(str(tmp_path / 'nano'))
-    contents = checkpoint.pack(opened.model, opened.tokenizer, 'xml', {}, 1, None)
-    del contents['model_args']['gelu']
-    assert checkpoint.from_contents(contents).model.transformer.h[0].gelu == 'tanh'
+def test_a_checkpoint_says_which_gelu_it_needs(save_model, small, tmp_path):
+    path = os.path.join(save_model(tmp_path / 'out', small, gelu='none'), 'ckpt.pt')
+    assert checkpoint.open_model(str(tmp_path / 'out')).model.transformer.h[0].gelu == 'none'
+    saved = checkpoint.load(path)
+    del saved.model_args['gelu']  # from before there was a choice
+    checkpoint.save(saved, path)
+    assert checkpoint.open_model(str(tmp_path / 'out')).model.transformer.h[0].gelu == 'tanh'
     for wrong in ('relu', 1, None):
-        contents['model_args']['gelu'] = wrong
-        with pytest.raises(UserError, match='does not fit together'):
-            checkpoint.from_contents(contents)
+        saved.model_args['gelu'] = wrong
+        checkpoint.save(saved, path)
+        with pytest.raises(UserError, match='gelu=.* do not fit together'):
+            checkpoint.open_model(str(tmp_path / 'out'))
 
 
-def test_it_is_asked_and_trained_further_but_not_resumed(tmp_path, gpt2, script):
-    ckpt(tmp_path / 'nano')
-    for flag in ('--init_from=nano', '--out_dir=nano'):
-        found = script('sample.py', flag, '--start=Hi', '--max_new_tokens=4', '--device=cpu')
-        assert found.returncode == 0 and found.stdout.startswith('Hi') and "nanoGPT's, step 7" in found.stderr, found.stderr
-    found = script('sample.py', '--init_from=nano', '--user=Hi', '--device=cpu')
-    assert found.returncode == 2 and '--start, or choose one: --template=xml' in found.stderr
-    ids, mask, _ = encode([Turn('user', 'Hi'), Turn('assistant', 'Hello')], gpt2)
-    with Writer(str(tmp_path / 'data' / 'colours'), ('train', 'val')) as writer:
-        for split in ('train', 'val'):
-            writer.add(split, ids, mask, [len(ids)])
-        writer.finish({'template': 'xml', 'tokenizer': gpt2.state()})
-    train.main(flags(tmp_path / 'data', tmp_path / 'out', init_from=tmp_path / 'nano', max_iters=2, block_size=16))
-    assert checkpoint.load(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']['gelu'] == 'none'
-    with pytest.raises(UserError, match="nanoGPT's: no run of this code can go on from it.*--init_from=") as error:
-        train.main(['--init_from=resume', f'--out_dir={tmp_path / "nano"}'])
-    assert '\n' not in str(error.value)
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize('changes, said', [
-    (dict(vocab_size=65), "a vocabulary of 65 tokens; expected GPT-2's, 50257 or 50304"),
-    (dict(model={}), 'does not fit together'), (dict(model={1: 2}), 'does not fit together'), (dict(iter_num='7'), 'missing format_version'),
-    (dict(model_args={'vocab_size': 50257, 'n_layer': 2, 'system': 'rm'}), 'does not fit together'),
-    (dict(model_args={'vocab_size': 50257, 'n_layer': 10 ** 9}), 'does not fit')])
-def test_one_that_cannot_be_opened_is_a_line(tmp_path, of_its_size, changes, said):
+    ({'vocab_size': 65}, "has 65 tokens; expected GPT-2's 50257 or 50304"),
+    ({'model': {}}, 'transformer.wte.weight'), ({'model': {1: 2}}, 'AttributeError'),
+    ({'model_args': {'n_layer': 3}}, 'number of layers'),
+    ({'model_args': {}}, "KeyError 'n_layer'"),
+    ({'model': {'transformer.wte.weight': torch.zeros(50257, 8),
+                'lm_head.weight': torch.ones(50257, 8)}}, 'its head is not tied'),
+    ({'config': Payload('ran')}, 'nanoGPT')])
+def test_one_that_cannot_be_converted_is_a_line(tmp_path, of_its_size, changes, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ckpt(tmp_path, **changes)
     with pytest.raises(UserError) as error:
-        checkpoint.open_model(str(tmp_path))
+        nanogpt.main(['--input=ckpt.pt', '--out=my'])
     assert said in str(error.value) and '\n' not in str(error.value)
-
-
-def test_a_head_of_its_own_is_refused(tmp_path, of_its_size):
-    state = ckpt(tmp_path)
-    ckpt(tmp_path, model={**state, 'lm_head.weight': state['lm_head.weight'] + 1})
-    with pytest.raises(UserError, match='its head is not tied to the embedding'):
-        checkpoint.open_model(str(tmp_path))
-
-
-def test_code_in_it_is_not_run(tmp_path):
-    ckpt(tmp_path, config=Payload(str(tmp_path / 'ran')))
-    with pytest.raises(UserError, match='safely'):
-        checkpoint.open_model(str(tmp_path))
-    assert not os.path.exists(tmp_path / 'ran')
+    assert os.listdir(tmp_path) == ['ckpt.pt']  # nothing was written, and no code in it was run

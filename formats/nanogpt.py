@@ -1,0 +1,81 @@
+"""Convert a checkpoint of nanoGPT into a folder in transformers' form, which every script opens.
+
+    python formats/nanogpt.py --input=out-owt/ckpt.pt --out=my-nanogpt
+    python sample.py --init_from=my-nanogpt --start="Once upon a time"
+
+nanoGPT computes the exact GELU where GPT-2 computes an approximation; config.json says so.
+Source: https://github.com/karpathy/nanoGPT/blob/master/model.py
+"""
+import os
+import sys
+from dataclasses import dataclass
+
+import safetensors.torch  # comes with transformers
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import configurator
+from configurator import UserError
+from core import tokenizer as tokenizers
+from core.files import reading, write_whole
+from formats.chat_template import tokenizer_json
+from formats.folder import as_json, to_transformers
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    input: str = 'out/ckpt.pt'  # of nanoGPT
+    out: str = 'my-nanogpt'     # the folder to write, a new one
+    tags: bool = True           # if it has 50,304 rows, 50257 to 50262 are our six tags
+
+
+def convert(path, tags):
+    """(GPT, Tokenizer) of nanoGPT's checkpoint at path."""
+    with reading(path, "Expected a ckpt.pt of nanoGPT's train.py."):
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        weights = {}
+        for name, tensor in saved['model'].items():
+            if not name.endswith('.attn.bias'):  # the causal mask of older versions
+                weights[name.removeprefix('_orig_mod.')] = tensor.float()  # torch.compile's prefix
+        wte = weights['transformer.wte.weight']
+        if not torch.equal(weights.pop('lm_head.weight'), wte):
+            raise ValueError('its head is not tied to the embedding')
+        if len(wte) not in (50257, 50304):
+            raise UserError(f"{path} has {len(wte)} tokens; expected GPT-2's 50257 or 50304.")
+        args = saved['model_args']
+        if sum(name.endswith('.ln_1.weight') for name in weights) != args['n_layer']:
+            raise ValueError('the number of layers')  # before a billion of them are made
+        tokenizer = tokenizers.load('gpt2', tags=tags and len(wte) == 50304)
+        shape = {key: args[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
+        with torch.device('meta'):
+            model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size, gelu='none'))
+        wte = wte[:tokenizer.vocab_size]
+        padding = model.config.padded_vocab_size - len(wte)
+        weights['transformer.wte.weight'] = F.pad(wte, (0, 0, 0, padding))
+        model.load_state_dict(weights, assign=True)
+    return model, tokenizer
+
+
+def main(argv):
+    config = configurator.load(Config, argv)
+    model, tokenizer = convert(config.input, config.tags)
+    shape, weights = to_transformers(model)
+    try:
+        os.makedirs(config.out)
+    except OSError as error:
+        raise UserError(f'cannot make {config.out}: {error.strerror}. Use --out=FOLDER.') from None
+    # config.json comes last: without it the folder is not taken for a model.
+    contents = {'model.safetensors': safetensors.torch.save(weights, {'format': 'pt'}),
+                'tokenizer.json': as_json(tokenizer_json(tokenizer)).encode(),
+                'config.json': as_json(shape).encode()}
+    for name, content in contents.items():
+        with write_whole(os.path.join(config.out, name), 'wb') as file:
+            file.write(content)
+    print(f'wrote {config.out}. Next: python sample.py --init_from={config.out} --start="Hi"')
+
+
+if __name__ == '__main__':
+    configurator.run(main)
