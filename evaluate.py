@@ -21,7 +21,7 @@ from core.conversation import TEMPLATES
 from core.decoding_weights import DTYPES, prepare
 from core.device import keep_freed_memory, pick_device
 from core.files import Bar, only_writer, reading, write_whole
-from core.generate import generate
+from core.generate import Sampling, generate
 from core.rows import Rows
 from formats import quiz
 from formats.page import render
@@ -56,6 +56,9 @@ class Config:
 
 # ---- answers ----
 
+GREEDY = Sampling(temperature=0)
+
+
 class Answer(NamedTuple):
     """What a model wrote: the text, its ids without the one that ended it, and whether one did."""
     text: str
@@ -63,8 +66,8 @@ class Answer(NamedTuple):
     stopped: bool
 
 
-def answer_all(opened, template, questions, max_new_tokens=64, temperature=0.0, top_k=0,
-               seed=1337, batch_size=128, what=''):
+def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, seed=1337,
+               batch_size=128, what=''):
     """The Answers of a model to `questions`, a list of lists of turns, in their order.
 
     Prompts of similar length are answered together; a greedy answer is what it would be alone.
@@ -84,8 +87,8 @@ def answer_all(opened, template, questions, max_new_tokens=64, temperature=0.0, 
     found = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start:start + batch_size]
-        steps = generate(opened.model, [prompts[i] for i in group], max_new_tokens, 1, temperature,
-                         top_k, seed=seed + start, stops=stops)
+        steps = generate(opened.model, [prompts[i] for i in group], max_new_tokens, sampling,
+                         seed=seed + start, stops=stops)
         name = f'{what}, {len(order) - start} answers left'
         for tokens in Bar(steps, name, max_new_tokens, disable=not what or None):
             for i, token in zip(group, tokens):
@@ -157,8 +160,9 @@ def measure_quiz(opened, questions, config):
     what = f'{opened.description}: quiz'
     greedy, shown = ask(opened, template, questions, config, what)
     turns = [question.turns for question in questions]
-    sampled = answer_all(opened, template, turns, config.max_new_tokens, config.temperature,
-                         config.top_k, config.seed, config.batch_size, f'{what}, sampled')
+    sampling = Sampling(config.temperature, config.top_k)
+    sampled = answer_all(opened, template, turns, config.max_new_tokens, sampling, config.seed,
+                         config.batch_size, f'{what}, sampled')
     scores = {'greedy': quiz.scores(greedy, questions), 'sampled': quiz.scores(sampled, questions)}
     form = quiz.form(greedy, opened.tokenizer)
     return {'quiz': scores, 'quiz_form': form, 'quiz_answers': shown}

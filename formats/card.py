@@ -46,6 +46,12 @@ def markdown(value):
     return re.sub(r'([\\`*_\[\]<>&|~$#])', r'\\\1', line(value))
 
 
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+ENVIRONMENT.filters |= {'line': line, 'markdown': markdown, 'shell': shlex.quote}
+
+
 def hub_name(begun):
     """The hub's name of the base model; None if it is not known to be there."""
     if re.fullmatch(r'(openai-community|distilbert|microsoft)/[\w.-]+', begun):
@@ -118,10 +124,6 @@ def card(title, opened, dtype, report=''):
     n_parameters = sum(p.numel() for p in opened.model.parameters()) - padding * shape.n_embd
     scores = scores_of(opened, report)
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {'line': line, 'markdown': markdown, 'shell': shlex.quote}
     with reading(opened.description, 'What it says about its origin is damaged.'):
         begun = origin.get('init_from') or ''
         if begun == 'resume':
@@ -132,7 +134,7 @@ def card(title, opened, dtype, report=''):
             match = re.match(r'https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/', part['url'])
             if match and match[1] not in on_hub:
                 on_hub.append(match[1])
-        return environment.get_template('card.md').render(
+        return ENVIRONMENT.get_template('card.md').render(
             title=title, shape=shape, dtype=dtype, n_parameters=n_parameters, scores=scores,
             base=hub_name(begun), begun=os.path.basename(begun.rstrip('/')),
             template=opened.template, example=opened.tokenizer.decode(ids),

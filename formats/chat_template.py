@@ -18,6 +18,11 @@ from core.tokenizer import to_unicode
 BREAK = '\ufdd0'  # inside a tag that somebody typed, so that it is not one
 JOINT = '\ufdd1'  # between two pieces that would have other ids if they were encoded together
 
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+ENVIRONMENT = jinja2.Environment(
+    '<%', '%>', '<<', '>>', '<#', '#>', loader=jinja2.FileSystemLoader(FOLDER),
+    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+
 
 # ---- the template ----
 
@@ -68,11 +73,7 @@ def chat_template(name, tokenizer):
         why = f'the message contains the heading {heading.strip()!r} of the template'
         headings.append((literal(heading), why))
 
-    folder = os.path.dirname(os.path.abspath(__file__))
-    environment = jinja2.Environment(
-        '<%', '%>', '<<', '>>', '<#', '#>', loader=jinja2.FileSystemLoader(folder),
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    text = environment.get_template('chat_template.jinja').render(
+    text = ENVIRONMENT.get_template('chat_template.jinja').render(
         name=name, opening=template.opening, closing=template.closing, user=user,
         before_answer=before_answer, answer=answer, fuses=fuses, tags=tags, headings=headings,
         write=write, refuse=refuse, expression=expression,

@@ -21,12 +21,14 @@ def share(part, whole):
     return f'{part / whole:.1%}'
 
 
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT.filters |= {'number': number, 'share': share}
+
+
 def render(template, **values):
     """The page that the template makes of the values, as bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {'number': number, 'share': share}
-    text = environment.get_template(template).render(values)
+    text = ENVIRONMENT.get_template(template).render(values)
     # The name of a file, which need not be valid Unicode, may stand in the text.
     return text.encode('utf-8', 'xmlcharrefreplace')

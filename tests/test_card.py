@@ -144,7 +144,7 @@ CONFIGS = st.dictionaries(TEXTS | st.just('learning_rate'), TEXTS | NUMBERS, max
 def test_no_text_in_a_file_breaks_the_card(text_of):
     known = {line for line in text_of().split('\n') if line.startswith('#')}
 
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
     @given(SOURCES, TEXTS, NUMBERS, CONFIGS, st.floats(), TEXTS, TEXTS)
     def check(source, dataset, tokens, config, val_loss, title, init_from):
         data = [{'dataset': dataset, 'source': source, 'tokens': tokens}]

@@ -33,7 +33,7 @@ PIECES = [*TAGS, END_OF_TEXT, '<', '>', '<user', '</', '|>', '### Response:', '#
           'a', 'the', '.', '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=7).map(''.join)
 TEXT = TEXT.filter(lambda text: not {chat_template.BREAK, chat_template.JOINT} & set(text))
-SETTINGS = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 def exported(source, out, **keys):
@@ -156,7 +156,7 @@ def test_joints_are_written_only_where_something_would_fuse(each):
         rendered = theirs.apply_chat_template(messages, tokenize=False)
         return bool({chat_template.BREAK, chat_template.JOINT} & set(rendered))
     assert not any(has_marks(text, text) for text in ('What is it?', '1', 'é'))
-    assert has_marks('a ', ' b') == (template in ('plain', 'alpaca'))
+    assert has_marks('a ', ' b') == (template in ('plain', 'alpaca', 'alpaca-short'))
 
 
 # ---- the model ----

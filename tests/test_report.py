@@ -91,9 +91,8 @@ def test_the_script_writes_the_page_and_the_seed_draws_what_it_shows(prepared, s
     assert found.returncode == 0, found.stderr
     with open(os.path.join(folder, 'report.html'), 'rb') as file:
         assert file.read() == report.page(folder, 1)
-    found = script('data/report.py', '--folder=nowhere')
-    assert found.returncode == 2 and 'nowhere/meta.json not found' in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+    with pytest.raises(UserError, match='nowhere/meta.json not found'):
+        report.main(['--folder=nowhere'])
 
 
 @pytest.mark.parametrize('lengths', [[5], [3] * 9, range(2, 1025), [40] * 1000 + [100_000]])
