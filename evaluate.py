@@ -12,19 +12,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-import torch
-
 import configurator
 from configurator import Count, Natural, Positive, Seed, UserError
-from core import checkpoint, conversation, tokenfile
-from core.conversation import TEMPLATES
-from core.decoding_weights import DTYPES, prepare
-from core.device import keep_freed_memory, pick_device
-from core.files import Bar, only_writer, reading, write_whole
-from core.generate import Sampling, generate
-from core.rows import Rows
-from formats import quiz
-from formats.page import render
 
 
 @dataclass(frozen=True)
@@ -47,12 +36,27 @@ class Config:
     # where
     out_dir: str = 'out/report'  # for report.json and report.html
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal[DTYPES] = 'float32'  # of the weights while answering
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'float32'  # of weights
 
     def problems(self):
         if not self.dataset and not self.quiz:
             yield 'nothing to measure: use --dataset=NAME, --quiz=FILE or both.'
 
+
+# torch takes seconds to import: mistakes on the command line are found before.
+configurator.precheck(__name__, Config)
+
+import torch
+
+from core import checkpoint, conversation, tokenfile
+from core.conversation import TEMPLATES
+from core.decoding_weights import prepare
+from core.device import keep_freed_memory, pick_device
+from core.files import Bar, only_writer, reading, write_whole
+from core.generate import Sampling, generate
+from core.rows import Rows
+from formats import quiz
+from formats.page import render
 
 # ---- answers ----
 
@@ -73,16 +77,15 @@ def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, 
     Prompts of similar length are answered together; a greedy answer is what it would be alone.
     Too long a prompt loses its oldest tokens. what: the name of a progress bar; '' for none.
     """
-    tokenizer = opened.tokenizer
     # As in a chat, at least half of the window belongs to the prompt.
     window = opened.model.config.block_size
     room = window - min(max_new_tokens, window // 2)
     prompts = []
     for turns in questions:
         with reading(f'the question {turns[-1].text[:60]!r}'):
-            prompts.append(conversation.prompt(turns, tokenizer, template)[-room:])
+            prompts.append(conversation.prompt(turns, opened.tokenizer, template)[-room:])
 
-    stops = conversation.stop_ids(tokenizer, template)
+    stops = conversation.stop_ids(opened.tokenizer, template)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
@@ -97,7 +100,7 @@ def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, 
 
     answers = []
     for ids in found:
-        text = conversation.answer_text(ids, tokenizer, template)
+        text = conversation.answer_text(ids, opened.tokenizer, template)
         written = [i for i in ids if i not in stops]
         answers.append(Answer(text, written, stopped=ids[-1] in stops))
     return answers
@@ -139,16 +142,15 @@ def ask(opened, template, questions, config, what):
 def measure_dataset(opened, template, folder, meta, config):
     """The loss on the data set, and the answers to its prompts."""
     tokenizer = opened.tokenizer
-    what = opened.description
     if meta['tokenizer']['sha256'] != tokenizer.sha256:
-        raise UserError(f'{what} has another vocabulary than {folder}. Prepare the data with '
-                        'the vocabulary of the model: --tokenizer=FOLDER')
+        raise UserError(f'{opened.description} has another vocabulary than {folder}. Prepare the '
+                        'data with the vocabulary of the model: --tokenizer=FOLDER')
     split = tokenfile.Split([folder], config.split, vocab_size=tokenizer.vocab_size)
-    loss, n_tokens = response_loss(opened.model, split, f'{what}: loss')
+    loss, n_tokens = response_loss(opened.model, split, f'{folder}: loss')
     result = {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': n_tokens}
     questions = quiz.from_split(split, tokenizer, meta['template'], config.answers)
     if questions:
-        answers, shown = ask(opened, template, questions, config, f'{what}: answers')
+        answers, shown = ask(opened, template, questions, config, f'{folder}: answers')
         result['form'] = quiz.form(answers, tokenizer)
         result['answers'] = shown
     return result
@@ -241,7 +243,6 @@ def main(argv):
     names = {}
     for result in results:
         names |= result['figures']
-    names = list(names)
     print(table(names, results))
     settings = asdict(config)
     report = json.dumps({'config': settings, 'models': results}, indent=1, ensure_ascii=False)

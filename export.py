@@ -13,16 +13,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
-import safetensors
-
 import configurator
 from configurator import UserError
-from core import checkpoint
-from core.files import flush, flush_folder, only_writer, reading
-from formats import card, folder, gguf
-
-FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
-         'tokenizer_config.json', 'chat_template.jinja', 'README.md', 'model.gguf'}
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,19 @@ class Config:
     def problems(self):
         if not self.out:
             yield 'no folder to write to: use --out=FOLDER.'
+
+
+# torch takes seconds to import: mistakes on the command line are found before.
+configurator.precheck(__name__, Config)
+
+import safetensors
+
+from core import checkpoint
+from core.files import flush, flush_folder, only_writer, reading
+from formats import card, folder, gguf
+
+FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
+         'tokenizer_config.json', 'chat_template.jinja', 'README.md', 'model.gguf'}
 
 
 def check_free(out, overwrite):

@@ -75,6 +75,7 @@ def histogram(lengths, supervised):
     longest = int(lengths.max())
     # A few conversations that are far longer than the others share the last column.
     end = min(longest, max(1, int(np.quantile(lengths, 0.995) * 1.5)))
+    # Columns start at multiples of a nice number.
     width = next(width for width in nice_numbers() if end // width < COLUMNS)
     n = end // width + 1
     index = np.minimum(lengths // width, n - 1)
@@ -152,6 +153,7 @@ def tokens_of(ids, mask, tokenizer):
             group.clear()
 
     before = False
+    # A token may hold a part of a character: tokens are collected until their bytes are whole.
     for i, supervised in zip(ids.tolist(), mask.astype(bool).tolist()):
         if i in tags or supervised != before:
             finish(before)  # what is left is half a character
@@ -216,6 +218,7 @@ def page(folder, seed):
     lengths = np.concatenate([split.lengths for split in splits])
     supervised = np.concatenate([split.n_supervised for split in splits])
     columns = histogram(lengths, supervised)
+    # What is missing in meta.json is left out of the page; a wrong type is an error, see write.
     source = meta.get('source', {})
     return render(
         'dataset.html', meta=meta, source=source, options=meta.get('options', {}),
@@ -231,6 +234,7 @@ def page(folder, seed):
 
 def write(folder, seed):
     """Write FOLDER/report.html; returns its path."""
+    # meta.json may hold anything: whatever that leads to becomes one line.
     with reading(os.path.join(folder, 'meta.json'), 'Prepare the folder again.'):
         text = page(folder, seed)
     path = os.path.join(folder, 'report.html')

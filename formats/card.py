@@ -118,12 +118,14 @@ def card(title, opened, dtype, report=''):
     if opened.checkpoint:
         config = opened.checkpoint.config
         origin = opened.checkpoint.origin or {}
+    # The same example stands in each card, so that templates can be compared.
     example = [Turn('user', QUESTION), Turn('assistant', 'The capital of France is Paris.')]
     ids, mask, _ = conversation.encode(example, opened.tokenizer, opened.template)
     padding = shape.padded_vocab_size - shape.vocab_size
     n_parameters = sum(p.numel() for p in opened.model.parameters()) - padding * shape.n_embd
     scores = scores_of(opened, report)
 
+    # A stranger's checkpoint may hold any types in its origin and config.
     with reading(opened.description, 'What it says about its origin is damaged.'):
         begun = origin.get('init_from') or ''
         if begun == 'resume':

@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 class Config:
     input: str = 'out/ckpt.pt'  # of nanoGPT
     out: str = 'my-nanogpt'     # the folder to write, a new one
-    tags: bool = True           # if it has 50,304 rows, 50257 to 50262 are our six tags
+    tags: bool = True           # of 50,304 rows, 50257 to 50262 are our six tags
 
 
 def convert(path, tags):
@@ -38,18 +38,20 @@ def convert(path, tags):
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         weights = {}
         for name, tensor in saved['model'].items():
-            if not name.endswith('.attn.bias'):  # the causal mask of older versions
-                weights[name.removeprefix('_orig_mod.')] = tensor.float()  # torch.compile's prefix
+            # torch.compile adds the prefix; older versions kept a causal mask as attn.bias.
+            if not name.endswith('.attn.bias'):
+                weights[name.removeprefix('_orig_mod.')] = tensor.float()
         wte = weights['transformer.wte.weight']
         if not torch.equal(weights.pop('lm_head.weight'), wte):
             raise ValueError('its head is not tied to the embedding')
         if len(wte) not in (50257, 50304):
-            raise UserError(f"{path} has {len(wte)} tokens; expected GPT-2's 50257 or 50304.")
-        args = saved['model_args']
-        if sum(name.endswith('.ln_1.weight') for name in weights) != args['n_layer']:
-            raise ValueError('the number of layers')  # before a billion of them are made
+            raise ValueError(f"{len(wte)} tokens instead of GPT-2's 50257 or 50304")
+        keys = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+        shape = {key: saved['model_args'][key] for key in keys}
+        # Checked before the model is made, because it may claim a billion layers.
+        if sum(name.endswith('.ln_1.weight') for name in weights) != shape['n_layer']:
+            raise ValueError('the number of layers')
         tokenizer = tokenizers.load('gpt2', tags=tags and len(wte) == 50304)
-        shape = {key: args[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')}
         with torch.device('meta'):
             model = GPT(GPTConfig(**shape, vocab_size=tokenizer.vocab_size, gelu='none'))
         wte = wte[:tokenizer.vocab_size]
@@ -71,10 +73,10 @@ def main(argv):
     contents = {'model.safetensors': safetensors.torch.save(weights, {'format': 'pt'}),
                 'tokenizer.json': as_json(tokenizer_json(tokenizer)).encode(),
                 'config.json': as_json(shape).encode()}
-    for name, content in contents.items():
+    for name in contents:
         with write_whole(os.path.join(config.out, name), 'wb') as file:
-            file.write(content)
-    print(f'wrote {config.out}. Next: python sample.py --init_from={config.out} --start="Hi"')
+            file.write(contents[name])
+    print(f'wrote {config.out}. Next: python sample.py --init_from={config.out} --start=Hi')
 
 
 if __name__ == '__main__':

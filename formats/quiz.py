@@ -37,6 +37,7 @@ def read(path):
     with reading(path, EXPECTED), open(path, encoding='utf-8') as file:
         lines = file.read().split('\n')
     questions = []
+    # Line by line, so that an error can say which.
     for number, line in enumerate(lines, 1):
         if line.strip():
             with reading(f'{path} line {number}', EXPECTED):
@@ -57,6 +58,7 @@ def parse(line):
         raise ValueError('neither "answer" nor "wanted" is given')
     if len(texts) % 2 == 0:
         raise ValueError('"before" must end with an answer')
+    # The texts are the user's and the assistant's in turn.
     turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
     return Question(turns, *rest)
 
@@ -113,6 +115,7 @@ def is_exact(answer, question):
 def scores(answers, questions):
     """{group: {'questions': n, 'right': share, 'exact': share}}; all questions make up 'all'."""
     found = {}
+    # In the order in which the groups come in the file.
     for group in dict.fromkeys(['all'] + [question.group for question in questions]):
         pairs = [(a, q) for a, q in zip(answers, questions) if group in ('all', q.group)]
         right = [is_right(a, q) for a, q in pairs if q.wanted]

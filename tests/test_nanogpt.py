@@ -12,6 +12,9 @@ from core.tokenizer import Tokenizer
 from formats import nanogpt
 
 
+SHAPE = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'bias': True}
+
+
 @pytest.fixture
 def of_its_size(monkeypatch):
     """A vocabulary of as many tokens as GPT-2's: pairs of bytes, which is on every machine."""
@@ -41,8 +44,7 @@ def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
     state['lm_head.weight'] = state['transformer.wte.weight']
     saved = {prefix + name: p for name, p in state.items()}
     saved[f'{prefix}transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # of older versions
-    args = {'n_layer': 2, 'n_head': 2, 'n_embd': C, 'block_size': 16, 'bias': bias,
-            'vocab_size': vocab_size, 'dropout': 0.0}
+    args = SHAPE | {'bias': bias, 'vocab_size': vocab_size, 'dropout': 0.0}
     torch.save({'model': saved, 'optimizer': {'state': {}}, 'model_args': args, 'iter_num': 7,
                 'best_val_loss': torch.tensor(3.25), 'config': {}} | changes, path / 'ckpt.pt')
     return state
@@ -125,9 +127,9 @@ class Payload:
 
 
 @pytest.mark.parametrize('changes, said', [
-    ({'vocab_size': 65}, "has 65 tokens; expected GPT-2's 50257 or 50304"),
+    ({'vocab_size': 65}, "65 tokens instead of GPT-2's 50257 or 50304"),
     ({'model': {}}, 'transformer.wte.weight'), ({'model': {1: 2}}, 'AttributeError'),
-    ({'model_args': {'n_layer': 3}}, 'number of layers'),
+    ({'model_args': SHAPE | {'n_layer': 10 ** 9}}, 'number of layers'),
     ({'model_args': {}}, "KeyError 'n_layer'"),
     ({'model': {'transformer.wte.weight': torch.zeros(50257, 8),
                 'lm_head.weight': torch.ones(50257, 8)}}, 'its head is not tied'),
