@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 VOCAB_MULTIPLE = 128  # the embedding has a multiple of so many rows: matrix units like that
 
@@ -207,6 +206,8 @@ class DocumentAttention:
 
     def varlen(self, qkv):
         """The same with FlashAttention's variable-length kernel: one call for all documents."""
+        # Imported here, because it takes a second, and only CUDA needs it.
+        from torch.nn.attention.varlen import varlen_attn
         if self.cu_seqlens is None:
             lengths = []
             for n, length in self.runs:
