@@ -1,12 +1,15 @@
-"""Side by side on a noisy machine: players that wait in processes of their own and play rounds in turn.
+"""Compare programs on a noisy machine: players in processes of their own play rounds in turn.
 
-A script of this folder starts itself once for each player (`--player=NAME`). A player sets itself up,
-warms up, says so, and then plays one round each time it is told to: never two at once, so that
-whatever slows the machine down slows all of them. Compared are medians over the rounds.
+    python bench/decoding.py --players=ours-int8,other-ours-int8 --other=FOLDER
+
+Two players never work at the same time, so whatever slows the machine down slows all of them.
+Medians over the rounds are compared. The player other-NAME is the player NAME of another checkout
+of this repository, in FOLDER: for example of the commit before. It runs that checkout's own script.
 """
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -14,27 +17,45 @@ import time
 from importlib import metadata
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-FOLDER = os.environ.get('BENCH_LOGS', '')  # where the players' own output goes; '' nowhere
+LOGS = os.environ.get('BENCH_LOGS')  # a folder for what the players print
+OTHER = 'other-'  # names the players of the other checkout
 
+# (n_layer, n_head, n_embd)
+SHAPES = {'distilgpt2': (6, 12, 768), 'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024),
+          'tiny': (2, 2, 64)}  # tiny: to see whether a script works
+
+
+def problems(players, other, pattern, expected):
+    """Yield a sentence for each player that cannot play. pattern: a regular expression of names."""
+    for name in players.split(','):
+        if not re.fullmatch(pattern, name.removeprefix(OTHER)):
+            yield f'players={name!r}: expected {expected}.'
+        elif name.startswith(OTHER) and not (other and os.path.isdir(os.path.join(other, 'bench'))):
+            yield (f'players={name!r}: {other!r} is not a checkout of this repository. '
+                   'Name one: --other=FOLDER')
+
+
+# ---- players that wait for their rounds ----
 
 class Stage:
-    """The player's side: what it says to the referee goes through the real standard output alone."""
+    """The player's side: one line of JSON at a time to the referee, who answers 'go'."""
 
     def __init__(self):
-        self.say_to = os.fdopen(os.dup(1), 'w')
-        os.dup2(2, 1)  # whatever a library prints goes to the log
+        # Only we write to the real standard output. What a library prints goes to the log.
+        self.referee = os.fdopen(os.dup(1), 'w')
+        os.dup2(2, 1)
 
     def say(self, **facts):
-        """One line to the referee."""
-        print(json.dumps(facts), file=self.say_to, flush=True)
+        """Send one line to the referee."""
+        print(json.dumps(facts), file=self.referee, flush=True)
 
     def wait(self):
-        """Until the referee wants a round; the process ends when it wants no more."""
+        """Wait for the next round. The process ends if there is none."""
         if sys.stdin.readline().strip() != 'go':
             os._exit(0)
 
     def play(self, a_round):
-        """a_round() -> dict with the work done, such as tokens=…; its time is taken here."""
+        """Play round after round: a_round() returns the work done, such as {'tokens': 128}."""
         self.say(ready=True)
         while True:
             self.wait()
@@ -44,23 +65,28 @@ class Stage:
 
 
 class Player:
-    """The referee's side of one process."""
+    """The referee's side of one process. rounds: what it said about each round, a list of dicts."""
 
-    def __init__(self, name, argv):
-        self.name, self.rounds = name, []
-        log = open(os.path.join(FOLDER, name + '.log'), 'w') if FOLDER else subprocess.DEVNULL
-        self.process = subprocess.Popen([sys.executable, sys.argv[0], *argv, f'--player={name}'], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+    def __init__(self, name, command):
+        self.name = name
+        self.rounds = []
+        log = subprocess.DEVNULL
+        if LOGS:
+            path = os.path.join(LOGS, f'{name}.log')
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     def hear(self):
         """What it says next."""
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f'{self.name} stopped. Set BENCH_LOGS=FOLDER and look at FOLDER/{self.name}.log')
+            sys.exit(f'{self.name} stopped. To see why: set BENCH_LOGS=FOLDER, start this again '
+                     f'and look at FOLDER/{self.name}.log')
         return json.loads(line)
 
     def play(self):
-        """One round."""
+        """Play one round."""
         self.process.stdin.write('go\n')
         self.process.stdin.flush()
         self.rounds.append(self.hear())
@@ -70,44 +96,85 @@ class Player:
         return [facts[unit] / facts['seconds'] for facts in self.rounds]
 
 
-def contest(names, argv, rounds):
-    """Players that have played `rounds` rounds in turn, set up one after another."""
-    players = []
+def contest(names, argv, rounds, other=''):
+    """The Players after their rounds. Each runs this script with argv and --player=NAME."""
+    shared = [flag for flag in argv if not flag.startswith(('--players=', '--other='))]
+    commands = {}
     for name in names:
+        script = sys.argv[0]
+        if name.startswith(OTHER):
+            script = os.path.join(other, 'bench', os.path.basename(script))
+        player = name.removeprefix(OTHER)
+        commands[name] = [sys.executable, script, *shared, f'--player={player}']
+    return play(commands, rounds)
+
+
+def play(commands, rounds):
+    """The Players after their rounds. commands: {name: what starts it}."""
+    players = []
+    for name, command in commands.items():
         started = time.perf_counter()
-        players.append(Player(name, argv))
-        players[-1].hear()
+        player = Player(name, command)
+        player.hear()
+        players.append(player)
         print(f'{name} is ready after {time.perf_counter() - started:.0f} s', file=sys.stderr)
     for i in range(rounds):
-        for player in players if i % 2 == 0 else reversed(players):
+        for player in in_turn(players, i):
             player.play()
-        print(f'round {i + 1} of {rounds}: ' + ', '.join(f"{player.name} {player.rounds[-1]['seconds']:.2f} s" for player in players),
-              file=sys.stderr)
+        seconds = [f"{player.name} {player.rounds[-1]['seconds']:.2f} s" for player in players]
+        print(f'round {i + 1} of {rounds}: {", ".join(seconds)}', file=sys.stderr)
     for player in players:
         player.process.stdin.close()
         player.process.wait()
     return players
 
 
+# ---- whole commands ----
+
+def take_times(names, rounds, measure):
+    """{name: [measure(name, i) of each round i]}: seconds that whole commands take, in turn."""
+    seconds = {name: [] for name in names}
+    for i in range(rounds):
+        for name in in_turn(list(names), i):
+            seconds[name].append(measure(name, i))
+            print(f'{name}: {seconds[name][-1]:.2f} s', file=sys.stderr)
+    return seconds
+
+
+def in_turn(players, i):
+    """The order of round i. Every other round is played backwards."""
+    return players if i % 2 == 0 else players[::-1]
+
+
+# ---- what a person reads ----
+
 def table(players, unit, digits=0):
-    """Markdown: each player's median rate, its spread, and how many times the rate of each other it is."""
-    medians = {player.name: statistics.median(player.rates(unit)) for player in players}
-    lines = [f'| | {unit}/s | least … most | ' + ' | '.join(f'÷ {name}' for name in medians) + ' |',
-             '|---|---|---|' + '---|' * len(medians)]
-    for player in players:
-        rates, own = player.rates(unit), medians[player.name]
-        ratios = ' | '.join('' if name == player.name else f'{own / other:.2f}' for name, other in medians.items())
-        lines.append(f'| {player.name} | {own:,.{digits}f} | {min(rates):,.{digits}f} … {max(rates):,.{digits}f} | {ratios} |')
+    """Markdown: the rates of the Players, see compare."""
+    rates = {player.name: player.rates(unit) for player in players}
+    return compare(rates, f'{unit}/s', digits)
+
+
+def compare(values, heading, digits=0):
+    """Markdown: median and spread of each list in {name: values}, and each median / the others."""
+    medians = {name: statistics.median(found) for name, found in values.items()}
+    cells = ['', heading, 'least … most'] + [f'÷ {name}' for name in medians]
+    lines = ['| ' + ' | '.join(cells) + ' |', '|---' * len(cells) + '|']
+    for name, found in values.items():
+        spread = f'{min(found):,.{digits}f} … {max(found):,.{digits}f}'
+        cells = [name, f'{medians[name]:,.{digits}f}', spread]
+        for against in medians:
+            ratio = f'{medians[name] / medians[against]:.2f}'
+            cells.append('' if against == name else ratio)
+        lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
 def versions(*packages):
-    """One line: the machine and the versions that are installed."""
-    found = []
+    """One line: the machine, and the versions of the packages that are installed."""
+    found = [platform.machine(), f'{os.cpu_count()} cores', f'Python {platform.python_version()}']
     for package in packages:
         try:
             found.append(f'{package} {metadata.version(package)}')
         except metadata.PackageNotFoundError:
-            pass
-    return (f'{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, '
-            + ', '.join(found))
+            found.append(f'no {package}')
+    return ', '.join(found)

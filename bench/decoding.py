@@ -1,87 +1,125 @@
-"""Writing tokens after a prompt: ours beside transformers' generate and nanoGPT, greedy, no stops.
+"""Compare how fast tokens are written after a prompt: ours, transformers' generate and nanoGPT.
 
     python bench/decoding.py                    # one answer at a time
     python bench/decoding.py --batch_size=10
+    python bench/decoding.py --players=ours-int8,other-ours-int8 --other=FOLDER
 
-All have the shape of gpt2-medium and random weights, and write the same number of tokens; what is
-timed is a whole call, with the reading of the prompt.
+All have random weights in the same shape, take the likeliest token, and write the same number of
+them. A round is one whole call, the reading of the prompt included.
 """
-import re
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
-import contest  # also finds the repository's modules
+import contest  # first: it puts the repository on the path
 import torch
 
 import configurator
-from training import SHAPES
+from configurator import Count
+from contest import SHAPES
+
+PLAYERS = r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?'
 
 
 @dataclass(frozen=True)
 class Config:
-    shape: str = 'gpt2-medium'  # distilgpt2, gpt2 or gpt2-medium
-    batch_size: int = 1         # answers at once
-    prompt: int = 32            # tokens
-    new_tokens: int = 128       # in each answer
-    players: str = 'ours-float32,ours-bfloat16,ours-int8,ours-int8-compiled,hf-float32,hf-bfloat16'  # or nanogpt-float32
-    rounds: int = 5             # each player plays so many
-    device: str = 'cpu'         # or cuda
-    nanogpt: str = 'nanoGPT'    # a clone of https://github.com/karpathy/nanoGPT, for its player
-    player: str = ''            # set by the referee
+    shape: Literal['distilgpt2', 'gpt2', 'gpt2-medium', 'tiny'] = 'gpt2-medium'  # of the model
+    batch_size: Count = 1   # answers at a time
+    prompt: Count = 32      # tokens
+    new_tokens: Count = 128  # in each answer
+    players: str = ('ours-float32,ours-bfloat16,ours-int8,ours-int8-compiled,'
+                    'hf-float32,hf-bfloat16')  # also nanogpt-float32, other-ours-float32 and so on
+    other: str = ''         # a checkout of this repository, for the players other-ours-…
+    rounds: Count = 5       # that each player plays
+    device: Literal['cpu', 'cuda'] = 'cpu'  # where to compute
+    nanogpt: str = 'nanoGPT'  # a clone of https://github.com/karpathy/nanoGPT, for its player
+    player: str = ''        # set for a player's own process
 
     def problems(self):
-        """What cannot work, a sentence each."""
-        for name in self.players.split(','):
-            if not re.fullmatch(r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?', name):
-                yield f'players={name!r}: expected ours, hf or nanogpt, a dash and a dtype; or ours-int8-compiled.'
+        """Players that do not exist."""
+        expected = 'ours, hf or nanogpt, a dash and a dtype; or ours-int8-compiled'
+        return contest.problems(self.players, self.other, PLAYERS, expected)
 
 
-def make_player(config):
-    """A function prompts (B, T) -> None that writes new_tokens after each."""
-    kind, dtype, *more = config.player.split('-')
+def make_ours(config, dtype, compiled):
+    """A function that continues prompts (B, T)."""
+    from core.decoding_weights import prepare
+    from core.device import keep_freed_memory
+    from core.generate import Sampling, generate
+    from model import GPT, GPTConfig
+    keep_freed_memory()
     n_layer, n_head, n_embd = SHAPES[config.shape]
-    torch.manual_seed(0)
-    if kind == 'ours':
-        from core import generate as decoding
-        from core import kernels
-        from model import GPT, GPTConfig
-        kernels.keep_freed_memory()
-        model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-        decoding.prepare(model, config.device, dtype, 'compiled' in more)
-        return lambda prompts: list(decoding.generate(model, prompts.tolist(), config.new_tokens, temperature=0))
-    if kind == 'hf':
-        import transformers
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-        model = model.to(config.device, getattr(torch, dtype)).eval()
-        return lambda prompts: model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=50256,
-                                              min_new_tokens=config.new_tokens, max_new_tokens=config.new_tokens)
-    sys.path.insert(0, config.nanogpt)
-    sys.modules.pop('model', None)
-    import model as nanogpt
-    model = nanogpt.GPT(nanogpt.GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True, dropout=0.0))
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    prepare(model, config.device, dtype, compiled)
+
+    def write(prompts):
+        likeliest = Sampling(temperature=0)
+        for _ in generate(model, prompts.tolist(), config.new_tokens, likeliest):
+            pass
+    return write
+
+
+def make_hf(config, dtype):
+    """The same with transformers."""
+    import transformers
+    n_layer, n_head, n_embd = SHAPES[config.shape]
+    shape = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    model = transformers.GPT2LMHeadModel(shape)
     model = model.to(config.device, getattr(torch, dtype)).eval()
-    return lambda prompts: model.generate(prompts, config.new_tokens, top_k=1)
+
+    def write(prompts):
+        model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
+                       pad_token_id=50256, min_new_tokens=config.new_tokens,
+                       max_new_tokens=config.new_tokens)
+    return write
+
+
+def make_nanogpt(config, dtype):
+    """The same with nanoGPT."""
+    sys.path.insert(0, config.nanogpt)
+    from model import GPT, GPTConfig
+    n_layer, n_head, n_embd = SHAPES[config.shape]
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=0.0))
+    model = model.to(config.device, getattr(torch, dtype)).eval()
+
+    def write(prompts):
+        model.generate(prompts, config.new_tokens, top_k=1)
+    return write
+
+
+def play(config):
+    """One player, in its own process."""
+    stage = contest.Stage()
+    torch.manual_seed(0)
+    kind, dtype, *more = config.player.split('-')
+    if kind == 'ours':
+        write = make_ours(config, dtype, 'compiled' in more)
+    elif kind == 'hf':
+        write = make_hf(config, dtype)
+    else:
+        write = make_nanogpt(config, dtype)
+    prompts = torch.randint(50257, (config.batch_size, config.prompt), device=config.device)
+
+    def a_round():
+        with torch.inference_mode():
+            write(prompts)
+        if config.device == 'cuda':
+            torch.cuda.synchronize()
+        return {'tokens': config.batch_size * config.new_tokens}
+
+    a_round()
+    stage.play(a_round)
 
 
 def main(argv):
-    """The referee, or one player."""
     config = configurator.load(Config, argv)
     if config.player:
-        stage = contest.Stage()
-        write = make_player(config)
-        prompts = torch.randint(50257, (config.batch_size, config.prompt), device=config.device)
-
-        def a_round():
-            with torch.inference_mode():
-                write(prompts)
-            if config.device == 'cuda':
-                torch.cuda.synchronize()
-            return {'tokens': config.batch_size * config.new_tokens}
-        a_round()
-        stage.play(a_round)
-    players = contest.contest(config.players.split(','), argv, config.rounds)
+        play(config)
+        return
+    players = contest.contest(config.players.split(','), argv, config.rounds, config.other)
     print(contest.versions('torch', 'transformers'))
-    print(f'{config.shape}, {config.batch_size} at once, {config.new_tokens} tokens after {config.prompt}')
+    print(f'{config.shape}: {config.new_tokens} tokens after a prompt of {config.prompt}, '
+          f'{config.batch_size} at a time')
     print(contest.table(players, 'tokens', digits=1))
 
 

@@ -1,26 +1,26 @@
-"""Conversations to token files: data/oasst/prepare.py beside `datasets` with two processes.
+"""Compare preparing data: data/oasst/prepare.py, and `datasets` with two processes.
 
-    python bench/preparing.py --input=trees.jsonl
+    python bench/preparing.py --input=trees.jsonl --copies=50
+    python bench/preparing.py --input=trees.jsonl --players=ours,other-ours --other=FOLDER
 
-Theirs is nanoGPT's way of preparing data (datasets.map with num_proc, then a memory map written in
-shards), and has the easier work: the conversations are ready as text, one to a line, where ours
-reads the trees, filters them, splits them, and writes loss masks too. Both end on disk.
+`datasets` works as nanoGPT prepares its data: map with num_proc, then a memory map written shard by
+shard. It has less to do: it gets the conversations as text, one to a line. Ours reads the trees,
+filters and splits them, and writes loss masks, too. Both end with files on disk.
 """
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 
-import contest  # also finds the repository's modules
+import contest  # first: it puts the repository on the path
 
 import configurator
-from core import conversation
-from core import tokenizer
-from configurator import REPOSITORY
+from configurator import REPOSITORY, Count
+from core.files import reading
+from core.tokenizer import END_OF_TEXT, TAGS
 
 THEIRS = """
 import sys
@@ -28,12 +28,11 @@ import numpy as np
 import tiktoken
 from datasets import load_dataset
 
-source, target, workers, repository = sys.argv[1:]
-sys.path.insert(0, repository)
-from core.tokenizer import END_OF_TEXT, TAGS
+source, target, workers, *specials = sys.argv[1:]
 gpt2 = tiktoken.get_encoding('gpt2')
-encoding = tiktoken.Encoding('gpt2-tags', pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
-                             special_tokens={piece: 50256 + i for i, piece in enumerate((END_OF_TEXT, *TAGS))})
+encoding = tiktoken.Encoding(
+    'gpt2-tags', pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
+    special_tokens={piece: 50256 + i for i, piece in enumerate(specials)})
 
 def process(example):
     ids = encoding.encode(example['text'], allowed_special='all')
@@ -43,55 +42,96 @@ def process(example):
 data = load_dataset('json', data_files=source, split='train', cache_dir=target + '/cache')
 data = data.map(process, remove_columns=['text'], num_proc=int(workers))
 out = np.memmap(target + '/train.bin', dtype=np.uint16, mode='w+', shape=(sum(data['len']),))
-at, shards = 0, min(64, len(data))
+at = 0
+shards = min(64, len(data))
 for i in range(shards):
     batch = data.shard(num_shards=shards, index=i, contiguous=True).with_format('numpy')
     ids = np.concatenate(batch['ids'])
     out[at:at + len(ids)] = ids
     at += len(ids)
 out.flush()
-print(at)
 """
 
 
 @dataclass(frozen=True)
 class Config:
-    input: str = 'trees.jsonl'  # OpenAssistant's trees
-    turns: str = 'first'        # as data/oasst/prepare.py has it
-    workers: int = 2            # num_proc of theirs; ours takes all cores
-    rounds: int = 5             # of each
+    input: str = 'trees.jsonl'  # OpenAssistant's message trees, not compressed
+    copies: Count = 1           # read them so many times, each time with new ids
+    workers: Count = 2          # num_proc of datasets; ours takes all cores
+    players: str = 'ours,datasets'  # and other-ours
+    other: str = ''             # a checkout of this repository, for other-ours
+    rounds: Count = 5           # that each player plays
+
+    def problems(self):
+        """Players that do not exist."""
+        return contest.problems(self.players, self.other, 'ours|datasets', 'ours or datasets')
+
+
+def copy_trees(config, path):
+    """Write the trees `copies` times to path."""
+    expected = "Expected OpenAssistant's trees, one JSON object a line."
+    with reading(config.input, expected), open(config.input, encoding='utf-8') as file:
+        trees = [json.loads(line) for line in file]
+    with open(path, 'w', encoding='utf-8') as file:
+        for copy in range(config.copies):
+            for tree in trees:
+                new_id = f'{tree["message_tree_id"]}-{copy}'
+                file.write(json.dumps(tree | {'message_tree_id': new_id}) + '\n')
+
+
+def run(command):
+    """What the command prints; the end of this script if it fails."""
+    environment = os.environ | {'HF_HUB_OFFLINE': '1'}
+    done = subprocess.run(command, capture_output=True, encoding='utf-8', env=environment)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def write_texts(prepare, path):
+    """Write the conversations as datasets gets them to path; returns how many MB of messages."""
+    texts = run([*prepare, '--stdout=True']).split(f'{END_OF_TEXT}\n')[:-1]
+    with open(path, 'w', encoding='utf-8') as file:
+        for text in texts:
+            file.write(json.dumps({'text': text}) + '\n')
+    messages = ''.join(texts)
+    for tag in TAGS:
+        messages = messages.replace(tag, '')
+    n_mb = len(messages.encode()) / 1e6
+    print(f'{len(texts):,} conversations, {n_mb:.1f} MB of text')
+    return n_mb
 
 
 def main(argv):
-    """The script."""
     config = configurator.load(Config, argv)
     with tempfile.TemporaryDirectory() as folder:
-        prepare = [sys.executable, os.path.join(REPOSITORY, 'data', 'oasst', 'prepare.py'), f'--input={config.input}',
-                   f'--turns={config.turns}', f'--out_dir={folder}/ours', '--max_tokens=100000', '--val_fraction=0']
-        text = subprocess.run([*prepare, '--stdout=True'], capture_output=True, text=True, check=True).stdout
-        found = conversation.from_text(text)
+        trees = os.path.join(folder, 'trees.jsonl')
         ready = os.path.join(folder, 'ready.jsonl')
-        with open(ready, 'w', encoding='utf-8') as file:
-            for turns in found:
-                pieces = ''.join(f'<{turn.role}>{turn.text}</{turn.role}>' for turn in turns)
-                file.write(json.dumps({'text': f'<conversation>{pieces}</conversation>'}) + '\n')
-        size = sum(len(turn.text.encode()) for turns in found for turn in turns) / 1e6
-        print(f'{len(found):,} conversations, {size:.1f} MB of text', file=sys.stderr)
-        seconds = {'prepare.py': [], 'datasets.map': []}
-        for i in range(config.rounds):
-            theirs = os.path.join(folder, f'theirs-{i}')
-            os.mkdir(theirs)  # a new one each time, or `datasets` takes what it has cached
-            for name, command in (('prepare.py', prepare),
-                                  ('datasets.map', [sys.executable, '-c', THEIRS, ready, theirs, str(config.workers), REPOSITORY])):
-                started = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'})
-                seconds[name].append(time.perf_counter() - started)
-                print(f'{name}: {seconds[name][-1]:.1f} s', file=sys.stderr)
+        copy_trees(config, trees)
+        options = [f'--input={trees}', '--max_tokens=100000', '--val_fraction=0']
+        script = os.path.join('data', 'oasst', 'prepare.py')
+        n_mb = write_texts([sys.executable, os.path.join(REPOSITORY, script), *options], ready)
+
+        def measure(name, i):
+            # A new folder each time, or datasets would use its cache.
+            target = os.path.join(folder, f'{name}-{i}')
+            os.mkdir(target)
+            command = [sys.executable, '-c', THEIRS, ready, target, str(config.workers),
+                       END_OF_TEXT, *TAGS]
+            if name != 'datasets':
+                checkout = config.other if name.startswith(contest.OTHER) else REPOSITORY
+                path = os.path.join(checkout, script)
+                command = [sys.executable, path, *options, f'--out_dir={target}']
+            started = time.perf_counter()
+            run(command)
+            return time.perf_counter() - started
+
+        seconds = contest.take_times(config.players.split(','), config.rounds, measure)
     print(contest.versions('tiktoken', 'datasets', 'numpy', 'pyarrow'))
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        print(f'{name}: median {median:.2f} s ({min(taken):.2f} … {max(taken):.2f}), {size / median:.1f} MB of text a second')
-    print(f"ratio: {statistics.median(seconds['datasets.map']) / statistics.median(seconds['prepare.py']):.1f}")
+    print(contest.compare(seconds, 'seconds', digits=2))
+    rates = {name: [n_mb / t for t in taken] for name, taken in seconds.items()}
+    print()
+    print(contest.compare(rates, 'MB of text/s', digits=1))
 
 
 if __name__ == '__main__':

@@ -1,27 +1,30 @@
-"""From the command to the first token: sample.py beside a script with transformers' pipeline.
+"""Compare the time from the command to the first token: sample.py, and transformers' pipeline.
 
-    python bench/starting.py --model=FOLDER --rounds=7     # a GPT-2 and its tokenizer in transformers' form
+    python bench/starting.py
+    python bench/starting.py --model=FOLDER     # a GPT-2 and its tokenizer in transformers' form
+    python bench/starting.py --players=ours,other-ours --other=FOLDER
 
-Timed from starting the process to the answer's line on its standard output, in turn. Without --model
-a folder of random weights of the given shape is made, with GPT-2's vocabulary.
+Timed is a process from its start until its answer's first line. Without --model, a folder with
+random weights and GPT-2's vocabulary is made.
 """
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Literal
 
-import contest  # also finds the repository's modules
+import contest  # first: it puts the repository on the path
+from tiktoken.load import read_file_cached
 
 import configurator
+from configurator import REPOSITORY, Count
+from contest import SHAPES
 from core import tokenizer
-from formats.chat_template import merges as merges_of
-from configurator import REPOSITORY
-from training import SHAPES
 
+PROMPT = "What's the capital of France?"
 THEIRS = """
 import sys
 from transformers import pipeline
@@ -32,63 +35,75 @@ print(pipe(sys.argv[2], max_new_tokens=1, do_sample=False)[0]['generated_text'],
 
 @dataclass(frozen=True)
 class Config:
-    model: str = ''            # a folder in transformers' form
-    shape: str = 'distilgpt2'  # of the one that is made: distilgpt2, gpt2 or gpt2-medium
-    rounds: int = 7            # of each
+    model: str = ''          # a folder in transformers' form
+    shape: Literal['distilgpt2', 'gpt2', 'gpt2-medium', 'tiny'] = 'distilgpt2'  # of the one made
+    players: str = 'ours,pipeline'  # and other-ours
+    other: str = ''          # a checkout of this repository, for other-ours
+    rounds: Count = 7        # that each player plays, after one that is not counted
+
+    def problems(self):
+        """Players that do not exist."""
+        return contest.problems(self.players, self.other, 'ours|pipeline', 'ours or pipeline')
 
 
 def make_folder(shape, folder):
-    """A model of random weights and GPT-2's tokenizer, as transformers saves them."""
+    """Save a model with random weights and GPT-2's tokenizer, as transformers does."""
     import torch
     import transformers
     n_layer, n_head, n_embd = SHAPES[shape]
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(folder)
+    config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    merges = read_file_cached(tokenizer.GPT2_MERGES, tokenizer.GPT2_MERGES_SHA256)
     tokens = tokenizer.load('gpt2', tags=False).tokens
-    merges = [' '.join(map(tokenizer.to_unicode, pair)) for pair in merges_of(tokens)]
-    vocabulary = {tokenizer.to_unicode(token): i for i, token in enumerate(tokens)} | {'<|endoftext|>': 50256}
-    with open(os.path.join(folder, 'vocab.json'), 'w', encoding='utf-8') as file:
-        json.dump(vocabulary, file, ensure_ascii=False)
-    with open(os.path.join(folder, 'merges.txt'), 'w', encoding='utf-8') as file:
-        file.write('#version: 0.2\n' + '\n'.join(merges) + '\n')
-    with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as file:
-        json.dump({'tokenizer_class': 'GPT2Tokenizer', 'model_max_length': 1024}, file)
+    vocabulary = {tokenizer.to_unicode(token): i for i, token in enumerate(tokens)}
+    vocabulary[tokenizer.END_OF_TEXT] = 50256
+    files = {'merges.txt': merges.decode(), 'vocab.json': json.dumps(vocabulary),
+             'tokenizer_config.json': '{"tokenizer_class": "GPT2Tokenizer"}'}
+    for name, text in files.items():
+        with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+            file.write(text)
+    # Again in the form that loads fastest, tokenizer.json.
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
-def seconds_to_answer(command):
-    """(seconds, the line) from starting the command to its first line."""
+def first_line(command):
+    """(seconds from starting the command to its first line, the line)."""
+    environment = os.environ | {'HF_HUB_OFFLINE': '1'}
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                          env={**os.environ, 'HF_HUB_OFFLINE': '1'}) as process:
-        line = process.stdout.readline()
-        return time.perf_counter() - started, line.strip()
+                          env=environment) as process:
+        line = process.stdout.readline().strip()
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        sys.exit(f'This failed: {" ".join(command)}')
+    return seconds, line
 
 
 def main(argv):
-    """The script."""
     config = configurator.load(Config, argv)
-    prompt = "What's the capital of France?"
+    names = config.players.split(',')
     with tempfile.TemporaryDirectory() as made:
-        if not config.model:
-            make_folder(config.shape, made)
-        folder = config.model or made
-        commands = {
-            'sample.py': [sys.executable, os.path.join(REPOSITORY, 'sample.py'), f'--init_from={folder}', f'--start={prompt}',
-                          '--max_new_tokens=1', '--temperature=0'],
-            'pipeline': [sys.executable, '-c', THEIRS, folder, prompt]}
-        seconds = {name: [] for name in commands}
-        for i in range(config.rounds + 1):
-            for name, command in commands.items():
-                taken, line = seconds_to_answer(command)
-                if i:  # the first reads the files from disk
-                    seconds[name].append(taken)
-                else:
-                    print(f'{name}: {line}')
+        folder = config.model
+        if not folder:
+            folder = made
+            make_folder(config.shape, folder)
+
+        def command(name):
+            if name == 'pipeline':
+                return [sys.executable, '-c', THEIRS, folder, PROMPT]
+            checkout = config.other if name.startswith(contest.OTHER) else REPOSITORY
+            return [sys.executable, os.path.join(checkout, 'sample.py'), f'--init_from={folder}',
+                    f'--start={PROMPT}', '--max_new_tokens=1', '--temperature=0']
+
+        def measure(name, i):
+            return first_line(command(name))[0]
+
+        for name in names:  # reads the files from disk
+            print(f'{name}: {first_line(command(name))[1]}')
+        seconds = contest.take_times(names, config.rounds, measure)
     print(contest.versions('torch', 'transformers'))
-    for name, found in seconds.items():
-        print(f'{name}: median {statistics.median(found):.2f} s ({min(found):.2f} … {max(found):.2f})')
-    print(f"sooner: {statistics.median(seconds['pipeline']) / statistics.median(seconds['sample.py']):.2f} times")
+    print(contest.compare(seconds, 'seconds', digits=2))
 
 
 if __name__ == '__main__':

@@ -1,44 +1,83 @@
-"""The benchmarks play their rounds; no peer is needed, and no time is looked at."""
+"""The benchmarks play their rounds. No peer is needed, and no time is looked at."""
+import importlib
+import json
 import os
-import subprocess
 import sys
 
 import pytest
 
-from configurator import REPOSITORY
+import configurator
+from configurator import REPOSITORY, UserError
+from core import checkpoint, tokenfile
+
+BENCH = os.path.join(REPOSITORY, 'bench')
 
 
-def bench(name, *arguments):
-    """The standard output of bench/NAME.py."""
-    found = subprocess.run([sys.executable, os.path.join(REPOSITORY, 'bench', name), *arguments], capture_output=True, text=True)
-    assert not found.returncode, found.stderr
-    return found.stdout
+def load(name):
+    """A module of bench/."""
+    if BENCH not in sys.path:
+        sys.path.insert(0, BENCH)
+    return importlib.import_module(name)
 
 
-def test_players_take_turns_and_are_compared_by_their_medians():
-    sys.path.insert(0, os.path.join(REPOSITORY, 'bench'))
-    import contest
-    players = []
-    for name, seconds in (('one', [1, 2, 100]), ('other', [4, 4, 4])):
-        player = contest.Player.__new__(contest.Player)
-        player.name, player.rounds = name, [{'tokens': 8, 'seconds': s} for s in seconds]
-        players.append(player)
-    table = contest.table(players, 'tokens', digits=1)
-    assert '| one | 4.0 | 0.1 … 8.0 |  | 2.00 |' in table and '| other | 2.0 | 2.0 … 2.0 | 0.50 |  |' in table
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """bench(name, *arguments) -> what bench/NAME.py prints."""
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [os.path.join(BENCH, f'{name}.py')])
+        load(name).main(list(arguments))
+        return capsys.readouterr().out
+    return run
 
 
-def test_decoding_is_measured():
-    out = bench('decoding.py', '--shape=distilgpt2', '--players=ours-float32', '--rounds=1', '--new_tokens=3',
-                '--prompt=4')
-    assert '| ours-float32 |' in out and 'tokens/s' in out
+def test_rounds_go_back_and_forth_and_medians_are_compared():
+    contest = load('contest')
+    assert contest.in_turn(['a', 'b'], 0) == ['a', 'b']
+    assert contest.in_turn(['a', 'b'], 1) == ['b', 'a']
+    table = contest.compare({'one': [8.0, 4.0, 0.08], 'two': [2.0, 2.0, 2.0]}, 'tokens/s', digits=1)
+    assert '| one | 4.0 | 0.1 … 8.0 |  | 2.00 |' in table
+    assert '| two | 2.0 | 2.0 … 2.0 | 0.50 |  |' in table
 
 
-def test_packing_is_measured():
-    out = bench('scaling.py', '--sizes=', '--conversations=1000')
-    assert '| 1,000 |' in out and '%' in out
+def test_training_beside_another_checkout(bench, small, tmp_path):
+    with tokenfile.Writer(str(tmp_path), ['train']) as writer:
+        writer.add('train', list(range(20)) * 2, [0, 1] * 20, [20, 20])
+        writer.finish({'template': 'xml', 'tokenizer': small.state()})
+    out = bench('training', f'--data={tmp_path}', '--shape=tiny', '--block_size=32', '--rounds=1',
+                '--players=ours,other-ours', f'--other={REPOSITORY}')
+    assert '| ours |' in out and '| other-ours |' in out
 
 
-@pytest.mark.parametrize('name', ['training.py', 'decoding.py', 'serving.py'])
-def test_an_unknown_player_is_refused(name, script):
-    found = script(os.path.join('bench', name), '--players=nobody')
-    assert found.returncode == 2 and found.stderr.startswith("players='nobody': expected "), found.stderr
+def test_decoding(bench):
+    out = bench('decoding', '--shape=tiny', '--players=ours-float32', '--rounds=1',
+                '--new_tokens=3', '--prompt=4')
+    assert '| ours-float32 |' in out
+
+
+def test_preparing(bench, gpt2, tmp_path):
+    answer = {'text': 'Hi', 'role': 'assistant', 'lang': 'en', 'replies': []}
+    question = {'text': 'Hello', 'role': 'prompter', 'lang': 'en', 'replies': [answer]}
+    path = tmp_path / 'trees.jsonl'
+    path.write_text(json.dumps({'message_tree_id': 'a', 'prompt': question}) + '\n')
+    out = bench('preparing', f'--input={path}', '--copies=3', '--players=ours', '--rounds=1')
+    assert out.startswith('3 conversations') and out.count('| ours |') == 4
+
+
+def test_the_folder_to_start_from_is_one_that_sample_py_opens(gpt2, tmp_path):
+    load('starting').make_folder('tiny', str(tmp_path))
+    assert checkpoint.open_model(str(tmp_path)).tokenizer.sha256 == gpt2.sha256
+
+
+def test_packing(bench):
+    assert '| 1,000 |' in bench('scaling', '--sizes=', '--conversations=1000')
+
+
+@pytest.mark.parametrize('name', ['training', 'decoding', 'serving', 'preparing', 'starting'])
+def test_an_unknown_player_is_refused(name):
+    with pytest.raises(UserError, match="^players='nobody': expected "):
+        configurator.load(load(name).Config, ['--players=nobody'])
+
+
+def test_a_player_of_another_checkout_needs_that_checkout():
+    with pytest.raises(UserError, match='--other=FOLDER'):
+        configurator.load(load('decoding').Config, ['--players=other-hf-float32'])
