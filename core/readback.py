@@ -29,7 +29,7 @@ def decode(ids, mask, tokenizer, template='xml'):
         if whole == ids:
             return turns
         # One that was cut ends inside an answer, whose text may have other ids by itself.
-        is_cut = mask[-1] and ids[-1] not in tokenizer.special.values()
+        is_cut = ids and mask[-1] and ids[-1] not in tokenizer.special.values()
         if is_cut and tokenizer.decode_bytes(whole).startswith(tokenizer.decode_bytes(ids)):
             return turns
     except (KeyError, ValueError):  # an unknown id, half a character, a forged heading

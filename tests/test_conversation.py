@@ -143,6 +143,25 @@ def test_max_tokens_takes_whole_turns_from_the_end(template):
         assert n_lost == [0, 1, 3][3 - len(fitting)]
 
 
+@pytest.mark.parametrize('template', TEMPLATES)
+def test_cut_keeps_the_beginning_of_the_next_answer(template):
+    n_cut = 0
+    for limit in range(len(encode(TURNS, BYTES, template)[0])):
+        ids, mask, n_lost = encode(TURNS, BYTES, template, limit, cut=True)
+        if ids is None or decode(ids, mask, BYTES, template) == TURNS[:5 - n_lost]:
+            # Not a token of the next answer fits: the same as without cut.
+            assert n_lost == encode(TURNS, BYTES, template, limit)[2]
+            continue
+        assert len(ids) <= limit and mask[-1] == 1 and ids[-1] < EOT
+        *before, answer = decode(ids, mask, BYTES, template)
+        n = len(before)
+        assert before == TURNS[:n] and n_lost == 5 - n
+        assert answer.role == 'assistant' and TURNS[n].text.startswith(answer.text)
+        assert len(ids) == limit or answer.text == TURNS[n].text
+        n_cut += 1
+    assert n_cut > 15
+
+
 def test_a_beginning_without_anything_to_learn_is_nothing():
     turns = [TURNS[0], TURNS[1]._replace(supervised=False), *TURNS[2:4]]
     assert encode(turns, BYTES, max_tokens=20) == (None, None, 4)  # the first exchange would fit
@@ -188,10 +207,12 @@ def test_half_a_surrogate_pair_is_refused(template):
 @pytest.mark.parametrize('template', TEMPLATES)
 def test_ids_that_are_no_conversation_are_refused(template):
     ids, mask, _ = encode(HI, BYTES, template)
-    more = ids[1:] if template == 'xml' else [*ids, 65]
-    for wrong in (ids[:-1], more, [*ids, *ids[:1]], [300, *ids], [*ids[:-2], 255, EOT]):
+    wrongs = [[300, *ids], [*ids, 65], [*ids[:-2], 255, EOT]]
+    if template == 'xml':
+        wrongs += [[], ids[1:], ids[:-1], [*ids, *ids]]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match='not a conversation of the template'):
-            decode(wrong, [*mask, 0][:len(wrong)], BYTES, template)
+            decode(wrong, [*mask, *mask * 0][:len(wrong)], BYTES, template)
 
 
 # ---- messages of a chat interface ----

@@ -17,9 +17,9 @@ from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
 TOKENS = [bytes([b]) for b in range(256)]
 TOKENS += [b'user', b'</', b'<|', b'assistant', b' t', b'\n\n', b'text', b'\xd7\xa9']
 BPE = Tokenizer('small', TOKENS, tags=True)
-HEADINGS = ['### Response:', '\n\n### Input:\n', 'Question: ', '\nAnswer:']
+HEADINGS = ['### Instruction:\n', '### Response:', '\n\n### Input:\n', 'Question: ', '\nAnswer:']
 PIECES = [*TAGS, END_OF_TEXT, '<\\user>', '<\\\\/user>', '\\', '<', '>', *HEADINGS, '\n\n',
-          ' ', '\0', '{text}', '{context}', '\u202eשלום', 'e\u0301', '\ufeff', '🙂', '### Instruction:\n']
+          ' ', '\0', '{text}', '{context}', '\u202eשלום', 'e\u0301', '\ufeff', '🙂']
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=6).map(''.join)
 SURROGATES = st.text(st.characters(categories=['Cs']), min_size=1)  # TEXT has none of them
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -71,6 +71,13 @@ def test_a_conversation_reads_back_as_it_went_in(template):
         if ids is not None:
             assert len(ids) <= limit
             assert decode(ids, mask, BPE, template) == turns[:len(turns) - n_lost]
+        ids, mask, n_lost = encode(turns, BPE, template, limit, cut=True)
+        if ids is not None:
+            found = decode(ids, mask, BPE, template)
+            n_whole = len(turns) - n_lost
+            assert len(ids) <= limit and found[:n_whole] == turns[:n_whole]
+            for turn, original in zip(found[n_whole:], turns[n_whole:], strict=False):
+                assert original.text.startswith(turn.text)
     check()
 
 
