@@ -1,6 +1,7 @@
 """What the tests share. They need no network; what a bare machine lacks is skipped, with the reason."""
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -49,6 +50,21 @@ def learn(tmp_path_factory):
         bpe.train_from_iterator(texts, trainer)
         bpe.save(path)
         return path
+    return run
+
+
+@pytest.fixture
+def load_script(monkeypatch):
+    """A function that executes a script of the repository anew and returns its module."""
+    def run(path):
+        whole = os.path.join(ROOT, path)
+        monkeypatch.syspath_prepend(os.path.dirname(whole))
+        name = path.removesuffix('.py').replace('/', '_')
+        spec = importlib.util.spec_from_file_location(name, whole)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
     return run
 
 

@@ -1,7 +1,6 @@
 """configurator.py: which values count, which source wins, and that mistakes are named."""
 import dataclasses
 import glob
-import importlib.util
 import inspect
 import os
 import re
@@ -241,14 +240,9 @@ def find_scripts():
 
 
 @pytest.mark.parametrize('path', find_scripts())
-def test_the_help_of_a_script_explains_every_key(path, monkeypatch, capsys):
+def test_the_help_of_a_script_explains_every_key(path, load_script, capsys):
     """Each script's --help: exit code 0, its docstring, a line for every key with its default."""
-    whole = os.path.join(REPOSITORY, path)
-    monkeypatch.syspath_prepend(os.path.dirname(whole))
-    spec = importlib.util.spec_from_file_location(path.replace('/', '_')[:-3], whole)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load_script(path)
     with pytest.raises(SystemExit) as caught:
         module.main(['--help'])
     text = capsys.readouterr().out
