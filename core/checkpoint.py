@@ -129,11 +129,12 @@ def restore(checkpoint, path, optimizer, scaler):
         # Settings such as the learning rate come from the configuration, not from the file.
         groups = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
+        has_moments = len(optimizer.state) > 0  # not before the first step
         for group in optimizer.param_groups:
             for p in group['params']:
-                moments = optimizer.state[p]
-                shapes = {key: moments[key].shape for key in moments}
-                if moments and shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
+                shapes = {key: moment.shape for key, moment in optimizer.state[p].items()}
+                expected = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
+                if has_moments and shapes != expected:
                     raise ValueError("the optimizer's state does not fit the model")
         loss_sum, n_tokens = checkpoint.interval
         if type(loss_sum) is not float or type(n_tokens) is not int:
