@@ -185,7 +185,8 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise UserError(f'the weights are no longer finite. {WHAT_TO_DO}')
         saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
-                        config=asdict(self.config), optimizer=None, scaler=None)
+                        config=asdict(self.config), optimizer=None, scaler=None,
+                        conditions=None)
         if name == 'ckpt.pt':
             saved.optimizer = self.optimizer.state_dict()
             saved.scaler = self.scaler.state_dict()
