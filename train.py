@@ -120,6 +120,7 @@ def open_model(config, folders):
     data = [tokenfile.fingerprint(folder) for folder in folders]
     if config.init_from == 'resume':
         checkpoint.check_resume(opened.checkpoint, opened.description, asdict(config), data)
+        opened.checkpoint.config = asdict(config)
         return opened
     origin = {'init_from': config.init_from, 'data': tokenfile.sources(folders)}
     state = Checkpoint(

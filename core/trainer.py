@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -185,8 +185,7 @@ class Trainer:
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise UserError(f'the weights are no longer finite. {WHAT_TO_DO}')
         saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
-                        config=asdict(self.config), optimizer=None, scaler=None,
-                        conditions=None)
+                        optimizer=None, scaler=None, conditions=None)
         if name == 'ckpt.pt':
             saved.optimizer = self.optimizer.state_dict()
             saved.scaler = self.scaler.state_dict()
