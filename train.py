@@ -111,7 +111,8 @@ def open_model(config, folders):
             block_size=config.block_size, vocab_size=tokenizer.vocab_size))
         opened = checkpoint.Opened(model, tokenizer, template, 'a new model', None, '')
     else:
-        opened = checkpoint.open_model(config.init_from, config.out_dir, vocabulary=tokenizer)
+        where = config.out_dir if config.init_from == 'resume' else config.init_from
+        opened = checkpoint.open_model(where, vocabulary=tokenizer)
     positions = opened.model.config.block_size
     if config.block_size > positions:
         raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
