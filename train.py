@@ -250,7 +250,11 @@ def train(config, procs):
     silent = procs.rank > 0
     with StopRequest(silent) as request:
         if config.eval_only:
-            print(f'val_loss {trainer.evaluate(request):.4f}')
+            if not val_rows:
+                raise UserError(f'{config.dataset} has no validation data to evaluate on.')
+            val_loss = trainer.evaluate(request)
+            if val_loss is not None and not silent:
+                print(f'val_loss {val_loss:.4f}')
             return
         log = RunLog(config, trainer.state, silent)
         log.say(train_rows.describe())
