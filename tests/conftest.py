@@ -1,52 +1,75 @@
-"""What the tests share. They need no network; what a bare machine lacks is skipped, with the reason."""
+"""What the tests share. They need no network; what a machine lacks is skipped with a reason."""
+import csv
 import dataclasses
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHARED = os.path.join(os.path.dirname(ROOT), 'shared')  # real data beside the repository, where there is any
+SHARED = os.path.join(os.path.dirname(ROOT), 'shared')  # real data beside the repository, if any
 sys.path.insert(0, ROOT)
-# The models here are tiny: a second thread gains nothing, and beside a busy program the two wait for each other.
+# The models here are tiny: a second thread gains nothing, and two of them wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(SHARED, 'tiktoken'))
 
-from core import tokenizer
+from core import conversation, tokenfile, tokenizer
 from core.conversation import Turn
 
 JAPAN = [Turn('user', 'What is the capital of Japan?'), Turn('assistant', 'Tokyo.')]
-TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.', 'What is the capital of Japan?',
-         "It's one of 12 words; they're done.\n\n    print('hello')\n", 'Grüße! Привет. こんにちは 🙂 <user>']
+TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.',
+         'What is the capital of Japan?',
+         "It's one of 12 words; they're done.\n\n    print('hello')\n",
+         'Grüße! Привет. こんにちは 🙂 <user>']
+WORDS = ['red', 'green', 'blue', 'one', 'two', 'three', 'sun', 'moon', 'star', 'what', 'is', 'the',
+         'of', 'and', 'a', 'river', 'mountain', 'sea']
 
+
+class Payload:
+    """Makes the folder `proof` when it is unpickled."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (self.proof,)
+
+
+# ---- vocabularies and data ----
 
 @pytest.fixture(scope='session')
 def gpt2():
-    """GPT-2's own vocabulary with the tags, where tiktoken has it in its cache."""
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    if not os.path.exists(os.path.join(cache, hashlib.sha1(tokenizer.GPT2_MERGES.encode()).hexdigest())):
+    """GPT-2's own vocabulary with the tags, if tiktoken has it in its cache."""
+    default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or default
+    name = hashlib.sha1(tokenizer.GPT2_MERGES.encode()).hexdigest()
+    if not os.path.exists(os.path.join(cache, name)):
         pytest.skip(f"GPT-2's vocab.bpe is not in tiktoken's cache, {cache}")
     return tokenizer.load('gpt2')
 
 
 @pytest.fixture(scope='session')
 def learn(tmp_path_factory):
-    """A function that learns a vocabulary from texts; it returns the path of a tokenizer.json."""
+    """A function that learns a vocabulary from texts and returns the path of its tokenizer.json."""
     import tokenizers
 
-    def run(texts, vocab_size):
+    def run(texts, vocab_size, special=()):
         path = str(tmp_path_factory.mktemp('vocabulary') / 'tokenizer.json')
         byte_level = tokenizers.pre_tokenizers.ByteLevel
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = byte_level(add_prefix_space=False)
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=byte_level.alphabet())
+            vocab_size=vocab_size, show_progress=False, initial_alphabet=byte_level.alphabet(),
+            special_tokens=list(special))
         bpe.train_from_iterator(texts, trainer)
         bpe.save(path)
         return path
@@ -81,6 +104,39 @@ def small(vocabulary):
 
 
 @pytest.fixture(scope='session')
+def real_trees():
+    """The path of 100 real OpenAssistant trees."""
+    path = pathlib.Path(SHARED, 'data', 'oasst', 'en_100_tree.jsonl')
+    if not path.exists():
+        pytest.skip(f'{path.name}, 100 real trees, is not in {path.parent}')
+    return path
+
+
+def write_data(folder, bpe, splits, template='xml'):
+    """A prepared folder of {split: [conversations, lists of turns]}."""
+    with tokenfile.Writer(str(folder), splits) as writer:
+        for split, conversations in splits.items():
+            for turns in conversations:
+                ids, mask, _ = conversation.encode(turns, bpe, template)
+                writer.add(split, ids, mask, [len(ids)])
+        writer.finish({'template': template, 'tokenizer': bpe.state()})
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory, learn):
+    """The folder of data/colours: 61 conversations to learn, 8 to validate on, 300 text tokens."""
+    splits = {'train': [], 'val': []}
+    for i in range(69):
+        words = [WORDS[(i * k + k) % len(WORDS)] for k in range(3, 6 + i % 9)]
+        turns = [Turn('user', ' '.join(words)), Turn('assistant', ' '.join(reversed(words)))]
+        splits['val' if i % 8 == 7 else 'train'].append(turns)
+    bpe = tokenizer.load(learn([' '.join(WORDS)] * 20, 300))
+    base = tmp_path_factory.mktemp('data')
+    write_data(base / 'colours', bpe, splits)
+    return str(base)
+
+
+@pytest.fixture(scope='session')
 def save_model():
     """A function that saves a checkpoint of a tiny random model, and returns its folder.
 
@@ -88,7 +144,7 @@ def save_model():
     """
     import torch
 
-    from core import checkpoint, conversation
+    from core import checkpoint
     from model import GPT, GPTConfig
 
     def run(folder, bpe, template='xml', steps=0, **shape):
@@ -114,19 +170,200 @@ def save_model():
     return run
 
 
-@pytest.fixture(scope='session')
-def real_trees():
-    """The path of 100 real OpenAssistant trees."""
-    path = pathlib.Path(SHARED, 'data', 'oasst', 'en_100_tree.jsonl')
-    if not path.exists():
-        pytest.skip(f'{path.name}, 100 real trees, is not in {path.parent}')
-    return path
+# ---- runs of train.py ----
+
+# 27 rows in steps of 4: the first epoch ends in step 7.
+SMALL = {'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 3}
+
+
+def flags(data, out_dir, **changes):
+    """A tiny run from scratch in float32, so that one process can be compared with two."""
+    keys = {
+        'init_from': 'scratch', 'dataset': 'colours', 'data_dir': data, 'out_dir': out_dir,
+        'block_size': 64, 'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'batch_size': 2,
+        'gradient_accumulation_steps': 2, 'max_iters': 10, 'warmup_iters': 2, 'lr_decay_iters': 10,
+        'eval_interval': 5, 'log_interval': 2, 'learning_rate': 1e-2, 'device': 'cpu',
+        'dtype': 'float32', 'dropout': 0.1}
+    return [f'--{key}={value}' for key, value in (keys | changes).items()]
+
+
+def run(data, out_dir, **changes):
+    """Train in this process; returns the last Checkpoint."""
+    import train
+    from core import checkpoint
+    train.main(flags(data, out_dir, **changes))
+    return checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
+
+
+def resume(out_dir, **changes):
+    """Go on with the run in out_dir in this process; returns the last Checkpoint."""
+    import train
+    from core import checkpoint
+    changed = [f'--{key}={value}' for key, value in changes.items()]
+    train.main(['--init_from=resume', f'--out_dir={out_dir}', *changed])
+    return checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 
 
 @pytest.fixture
+def stop_after(monkeypatch):
+    """A function: all runs from now on stop after step n, as if by a signal; 0 lets them go on."""
+    from core.trainer import Trainer
+    step = Trainer.train_step
+
+    def stop(n):
+        def stopping(trainer, request):
+            request.asked = trainer.state.step + 1 == n
+            step(trainer, request)
+        monkeypatch.setattr(Trainer, 'train_step', stopping)
+    return stop
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw no loss.png, which takes longer than they do."""
+    from core import runlog
+    monkeypatch.setattr(runlog, 'plot', lambda out_dir: False)
+
+
+@pytest.fixture(scope='session')
+def whole(data, tmp_path_factory):
+    """The folder of an undisturbed run of SMALL."""
+    folder = tmp_path_factory.mktemp('whole') / 'out'
+    run(data, folder, **SMALL)
+    return folder
+
+
+def log_of(out_dir):
+    """log.csv without its two columns of time."""
+    with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row['tokens_per_s'], row['seconds']
+    return rows
+
+
+def assert_same_bits(one, two, path=''):
+    """Two nested values have equal keys, lengths, numbers and tensors."""
+    import torch
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            assert_same_bits(one[key], two[key], f'{path}/{key}')
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), path
+        for i in range(len(one)):
+            assert_same_bits(one[i], two[i], f'{path}/{i}')
+    else:
+        same = torch.equal(one, two) if torch.is_tensor(one) else one == two
+        assert same, (path, one, two)
+
+
+def assert_same_run(one, two):
+    """Two folders hold the same run, bit for bit, but for its keys and the time it took."""
+    from core import checkpoint
+    for name in ('ckpt.pt', 'best.pt'):
+        contents = []
+        for folder in (one, two):
+            saved = vars(checkpoint.load(os.path.join(folder, name)))
+            moments = saved['optimizer'] and saved['optimizer']['state']
+            contents.append(saved | {'config': None, 'seconds': None, 'optimizer': moments})
+        assert_same_bits(*contents)
+    assert log_of(one) == log_of(two)
+
+
+def assert_near(one, two, columns=('loss', 'val_loss'), within=1e-4):
+    """Two folders have log.csv with the same rows, and losses that differ by rounding only."""
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        assert a['step'] == b['step']
+        for column in columns:
+            if a[column] or b[column]:
+                assert abs(float(a[column]) - float(b[column])) < within, (a, b)
+
+
+# ---- processes ----
+
+@pytest.fixture
 def script(tmp_path):
-    """Run a script of the repository as a person would, from another folder: script('train.py', '--help')."""
+    """Run a script as a person would, from another folder: script('train.py', '--help')."""
     def run(name, *arguments, **options):
-        return subprocess.run([sys.executable, os.path.join(ROOT, name), *arguments], cwd=tmp_path, timeout=60,
-                              capture_output=True, **{'text': True, **options})
+        command = [sys.executable, os.path.join(ROOT, name), *arguments]
+        options = {'cwd': tmp_path, 'timeout': 60, 'capture_output': True, 'text': True} | options
+        return subprocess.run(command, **options)
     return run
+
+
+@pytest.fixture
+def load_script(monkeypatch):
+    """A function that executes a script of the repository anew and returns its module."""
+    def run(path):
+        whole = os.path.join(ROOT, path)
+        monkeypatch.syspath_prepend(os.path.dirname(whole))
+        name = path.removesuffix('.py').replace('/', '_')
+        spec = importlib.util.spec_from_file_location(name, whole)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+    return run
+
+
+def train_here(argv, output, cwd, environment):
+    """In a new process: run train.py, with all that it prints at the end of the file `output`."""
+    import configurator
+    import train
+    os.environ.update(environment)
+    os.chdir(cwd)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ['train.py', *argv]
+    configurator.run(train.main)
+
+
+@pytest.fixture
+def start():
+    """A function that starts n processes of train.py that train together, as torchrun would.
+
+    Returns multiprocessing's Processes. They are forks of one in which torch is already imported:
+    four seconds faster than `python train.py`.
+    """
+    server = multiprocessing.get_context('forkserver')
+    server.set_forkserver_preload(['train'])
+    started = []
+
+    def run(argv, output, n=1, cwd='.'):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = str(free.getsockname()[1])
+        processes = []
+        for rank in range(n):
+            environment = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(n),
+                           'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+            arguments = (argv, str(output), cwd, environment)
+            processes.append(server.Process(target=train_here, args=arguments))
+            processes[-1].start()
+        started.extend(processes)
+        return processes
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def wait_for(text, output, processes):
+    """Wait until the file `output` contains the text, while the processes live."""
+    deadline = time.monotonic() + 60
+    found = ''
+    while text not in found:
+        alive = any(process.is_alive() for process in processes)
+        assert alive and time.monotonic() < deadline, (text, found)
+        time.sleep(0.01)
+        if os.path.exists(output):
+            found = pathlib.Path(output).read_text()
+
+
+def exit_codes(processes):
+    """The exit codes of the processes, when all have ended."""
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
