@@ -1,44 +1,53 @@
-"""Instruction data: golden ids, quirks, splits, the streamed array, and the three recipes end to end."""
-import hashlib
-import http.server
+"""data/alpaca/prepare.py: golden ids, quirks of real rows, splits, and the recipes end to end."""
 import json
 import os
-import resource
-import threading
-import tracemalloc
 
 import numpy as np
 import pytest
 import tiktoken
 
-from core import conversation
-from core import tokenfile
 from configurator import UserError
 from conftest import ROOT, SHARED
-from data import download
+from core import readback, rows, tokenfile, tokenizer
 from data.alpaca import prepare
 
-WORDS = 'red green blue one two three sun moon star river mountain sea'.split()
-ROWS = [{'instruction': f'Name a thing that is {WORDS[i % 12]} and {WORDS[i * 5 % 7]}', 'input': '',
-         'output': f'It is {i}.'} for i in range(100)]
+WORDS = ['red', 'green', 'blue', 'one', 'two', 'three', 'sun', 'moon', 'star', 'sea',
+         'sky', 'river']
+ROWS = []
+for i in range(100):
+    question = f'Name a thing that is {WORDS[i % 12]} and {WORDS[i * 5 % 7]}'
+    ROWS.append({'instruction': question, 'input': '', 'output': f'It is {i}.'})
 
 
 @pytest.fixture
 def run(tmp_path, vocabulary):
-    """run(rows or text, flag=value, …) -> meta.json of the folder tmp_path/data/mine, prepared in this process."""
-    def prepare_rows(rows, **flags):
+    """run(rows or text, flag=value, …): meta.json of the folder tmp_path/data/mine."""
+    def run(rows, **flags):
         path = tmp_path / 'rows.json'
         path.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding='utf-8')
-        flags = {'tokenizer': vocabulary, 'input': path, 'out_dir': tmp_path / 'data' / 'mine', **flags}
+        folder = tmp_path / 'data' / 'mine'
+        flags = {'tokenizer': vocabulary, 'input': path, 'out_dir': folder} | flags
         prepare.main([f'--{key}={value}' for key, value in flags.items()])
-        return tokenfile.read_meta(str(flags['out_dir']))
-    return prepare_rows
+        meta = tokenfile.read_meta(str(flags['out_dir']))
+        assert meta['seen'] == meta['kept'] + sum(meta['dropped'].values())
+        return meta
+    return run
 
 
-def conversations(folder, split, bpe, template='alpaca'):
-    """The conversations of a split, read back from its ids."""
-    opened = tokenfile.Split([str(folder)], split)
-    return [conversation.decode(*opened[i], bpe, template) for i in range(len(opened))]
+@pytest.fixture
+def read_back(tmp_path):
+    """read_back(split): its conversations as (instruction, input, output)."""
+    def run(split):
+        folder = str(tmp_path / 'data' / 'mine')
+        meta = tokenfile.read_meta(folder)
+        bpe = tokenizer.from_state(meta['tokenizer'])
+        split = tokenfile.Split([folder], split)
+        found = []
+        for i in range(len(split)):
+            question, answer = readback.decode(*split[i], bpe, meta['template'])
+            found.append((question.text, question.context, answer.text))
+        return found
+    return run
 
 
 def real(name):
@@ -50,8 +59,10 @@ def real(name):
 
 
 # What is learned stands after the two bars.
-WITH_INPUT = '''\
-Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.
+TASK = 'Below is an instruction that describes a task'
+REQUEST = 'Write a response that appropriately completes the request.'
+WITH_INPUT = f'''\
+{TASK}, paired with an input that provides further context. {REQUEST}
 
 ### Instruction:
 Identify the correct spelling of the following word.
@@ -61,8 +72,8 @@ Ocassion
 
 ### Response:
 ||The correct spelling is 'Occasion.'<|endoftext|>'''
-WITHOUT_INPUT = '''\
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
+WITHOUT_INPUT = f'''\
+{TASK}. {REQUEST}
 
 ### Instruction:
 What is an antonym of 'complicated'?
@@ -75,322 +86,207 @@ def check_golden(ids, mask, text):
     """The ids are those of the whole text, and the mask is 1 from the bars to the end."""
     prompt, response = text.split('||')
     bpe = tiktoken.get_encoding('gpt2')
+    n_prompt = len(bpe.encode(prompt))
     expected = bpe.encode(prompt + response, allowed_special='all')
     assert ids.tolist() == expected
-    assert mask.tolist() == [0] * len(bpe.encode(prompt)) + [1] * len(bpe.encode(response, allowed_special='all'))
-    assert ids[-1] == 50256 and ids.tolist().count(50256) == 1
+    assert mask.tolist() == [0] * n_prompt + [1] * (len(expected) - n_prompt)
 
 
 def test_golden_ids(run, tmp_path, gpt2):
-    """The two Stanford prompts, written out; the first end-of-text is learned and nothing follows it."""
-    rows = [{'instruction': 'Identify the correct spelling of the following word.', 'input': 'Ocassion',
-             'output': "The correct spelling is 'Occasion.'"},
+    """Stanford's two prompts, written out. The end of text is learned and nothing follows it."""
+    some = [{'instruction': 'Identify the correct spelling of the following word.',
+             'input': 'Ocassion', 'output': "The correct spelling is 'Occasion.'"},
             {'instruction': "What is an antonym of 'complicated'?", 'input': '',
              'output': "An antonym of 'complicated' is 'simple'."}]
-    run(rows, tokenizer='gpt2', val_fraction=0)
+    run(some, tokenizer='gpt2', val_fraction=0)
     split = tokenfile.Split([str(tmp_path / 'data' / 'mine')], 'train')
     check_golden(*split[0], WITH_INPUT)
     check_golden(*split[1], WITHOUT_INPUT)
-    batch = tokenfile.make_batch(split, [0, 1])
+    batch = rows.make_batch(split, [0, 1])
     assert (batch.targets == 50256).sum() == 2 and (batch.idx == 50256).sum() == 0
 
 
 def test_the_book(run, tmp_path, capsys, gpt2):
-    """The 1,100: 935/55/110 by position, its leaks counted; by hash there are none."""
-    meta = run(ROWS, tokenizer='gpt2', input=real('instruction-data.json'), split='85/10/5')
+    """The 1,100 rows: 935/55/110 by position, where some prompts leak; by hash none does."""
+    book = {'tokenizer': 'gpt2', 'input': real('instruction-data.json')}
+    meta = run(ROWS, split='85/10/5', **book)
     sizes = {name: counts['conversations'] for name, counts in meta['splits'].items()}
-    assert sizes == {'train': 935, 'val': 55, 'test': 110} and meta['seen'] == meta['kept'] == 1100
-    assert meta['prompts'] == {'rows_repeating_a_prompt': 25, 'also_in_train': {'val': 4, 'test': 2}}
-    assert meta['source']['licence'] == 'Apache-2.0' and meta['source']['name'] == 'instruction-data'
-    assert 'in train too of 4 rows of val and 2 rows of test' in capsys.readouterr().out
-    split = tokenfile.Split([str(tmp_path / 'data' / 'mine')], 'train')
-    check_golden(*split[50], WITH_INPUT)
-    check_golden(*tokenfile.Split([str(tmp_path / 'data' / 'mine')], 'test')[999 - 935], WITHOUT_INPUT)
-    meta = run(ROWS, tokenizer='gpt2', input=real('instruction-data.json'), test_fraction=0.1)
-    assert meta['prompts'] == {'rows_repeating_a_prompt': 25, 'also_in_train': {'val': 0, 'test': 0}}
+    assert sizes == {'train': 935, 'val': 55, 'test': 110}
+    assert meta['prompts']['rows_repeating_a_prompt'] == 25
+    assert meta['prompts']['also_in_train'] == {'val': 4, 'test': 2}
+    assert meta['source']['name'] == 'instruction-data'
+    assert meta['source']['licence'] == 'Apache-2.0'
+    printed = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert 'rows that repeat a prompt 25' in printed and 'in val and in train 4' in printed
+    assert 'python train.py config/finetune_instruction_data.py' in printed[-1]
+    folder = [str(tmp_path / 'data' / 'mine')]
+    check_golden(*tokenfile.Split(folder, 'train')[50], WITH_INPUT)
+    check_golden(*tokenfile.Split(folder, 'test')[999 - 935], WITHOUT_INPUT)
+    meta = run(ROWS, test_fraction=0.1, **book)
+    assert meta['prompts']['also_in_train'] == {'val': 0, 'test': 0}
     assert 60 < meta['splits']['test']['conversations'] < 160
 
 
-def test_stanford(run, tmp_path, capsys, gpt2):
-    """All 52,002 rows: every one kept or dropped for a reason, in less than 10 s of two cores."""
-    before = [sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    meta = run(ROWS, tokenizer='gpt2', input=real('alpaca_data.json'))
-    after = [sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    assert sum(after) - sum(before) < 20, 'seconds of all cores'
+def test_stanford(run, read_back, capsys, gpt2):
+    """All 52,002 rows: every one is kept, or dropped for a reason."""
+    path = real('alpaca_data.json')
+    meta = run(ROWS, tokenizer='gpt2', input=path)
     assert meta['seen'] == 52002 and meta['dropped'] == {'empty output': 28, 'too long': 2}
-    assert meta['kept'] == 52002 - 30 and meta['counts'] == {'rows': 52002, '  input that means none': 676}
-    assert meta['source']['licence'] == 'CC-BY-NC-4.0' and 'not for commercial use' in capsys.readouterr().out
-    bpe = prepare.tokenizer.load('gpt2', tags=False)
-    read_back = {(turns[0].text, turns[0].context, turns[1].text)
-                 for turns in conversations(tmp_path / 'data' / 'mine', 'val', bpe)}
-    with open(real('alpaca_data.json'), encoding='utf-8') as file:
-        rows = [prepare.read_row(row) for row in json.load(file)]
-    assert read_back <= {row[:3] for row in rows} and len(read_back) == meta['splits']['val']['conversations']
+    assert meta['counts'] == {'rows': 52002, '  input that means none': 676}
+    assert 'alpaca: licence CC-BY-NC-4.0' in capsys.readouterr().err
+    with open(path, encoding='utf-8') as file:
+        outputs = {row['output'] for row in json.load(file)}
+    found = read_back('val')
+    assert {output for *_, output in found} <= outputs
+    assert len(found) == meta['splits']['val']['conversations'] == 2668
 
 
-def test_quirks(run, tmp_path, small):
-    """What the published sets hold beside text under three names is handled and counted."""
-    nothing = ['No input', 'Noinput', '<no input>', 'N/A', 'n/a.', '"<noinput>"', '\\<noinput\\>', ' ', ':\n<noinput>',
-               'No input required.', '<noinput> 8', 'None', '[No Input]']
-    rows = [{'instruction': f'a{i}', 'input': text, 'output': 'x'} for i, text in enumerate(nothing)]
-    rows += [{'instruction': 'b', 'input': text, 'output': 'x'} for text in
-             ('Larry <noinput> the door.', 'No pain, no gain', 'None of the students', 'NASA')]
-    rows += [{'instruction': 'c', 'output': 'y'}, {'instruction': 'd', 'input': None, 'response': ' y\n'},
-             {'instruction': 'e', 'context': 'here', 'response': 'y'},
-             {'instruction': 'f', 'input': '', 'output': ''}, {'instruction': 'f', 'input': '', 'output': ' \n'},
-             {'instruction': 'f', 'input': '', 'output': None},
-             {'instruction': 'f', 'input': '', 'output': float('nan')},
-             {'instruction': 'f', 'input': ''}, {'instruction': None, 'input': '', 'output': 'z'},
-             {'instruction': 'f', 'input': '', 'output': 4}, {'instruction': ['f'], 'input': '', 'output': 'z'},
-             {'instruction': 'f', 'input': {}, 'output': 'z'}, {'instruction': 'f', 'input': '', 'output': '\ud83d'},
-             {'instruction': 'f\n\n### Response:\nz', 'input': '', 'output': 'z'},
-             {'instruction': 'f', 'input': '', 'output': 'word ' * 2000}]
-    meta = run(rows, val_fraction=0)
-    assert meta['seen'] == len(rows) == meta['kept'] + sum(meta['dropped'].values())
-    assert meta['dropped'] == {'empty output': 5, 'empty instruction': 1, 'instruction not text': 1, 'input not text': 1,
-                               'output not text': 1, 'half a surrogate pair': 1, 'template heading': 1,
-                               'too long': 1}
-    assert meta['counts'] == {'rows': len(rows), '  input that means none': len(nothing) - 1, '  no field input': 1,
-                              '  input is null': 1, "  output under 'response'": 2, "  input under 'context'": 1,
-                              '  output is null': 2, '  no field output': 1, '  instruction is null': 1}
-    found = conversations(tmp_path / 'data' / 'mine', 'train', small)
-    kept = [row['input'] for row in rows[len(nothing):][:4]]
-    assert [turns[0].context for turns in found] == [''] * len(nothing) + kept + ['', '', 'here']
-    assert found[-2][1].text == ' y\n'  # as published: nothing is stripped
+def row(**changes):
+    return {'instruction': 'f', 'input': '', 'output': 'x'} | changes
 
 
-def test_templates_without_a_place_for_the_input(run, tmp_path, small, vocabulary):
-    """xml has it a blank line behind the instruction, plain a space."""
-    rows = [{'instruction': 'Translate.', 'input': 'Paris', 'output': 'Tokyo'},
-            {'instruction': 'Hello', 'input': '', 'output': 'done'}]
+NOTHING = ['No input', 'Noinput', '<no input>', 'N/A', 'n/a.', '"<noinput>"', '\\<noinput\\>',
+           ':\n<noinput>', 'No input required.', '<noinput> 8', 'None', '[No Input]']
+SOMETHING = ['Larry <noinput> the door.', 'No pain, no gain', 'None of the students', 'NASA']
+QUIRKS = [  # (row, what is kept as input and output or None, what is counted)
+    *[(row(input=text), ('', 'x'), ['  input that means none']) for text in NOTHING],
+    *[(row(input=text), (text, 'x'), []) for text in SOMETHING],
+    (row(input=' \n'), ('', 'x'), []),
+    (row(output=' y\n'), ('', ' y\n'), []),  # as published: nothing is stripped
+    ({'instruction': 'f', 'output': 'y'}, ('', 'y'), ['  no field input']),
+    ({'instruction': 'f', 'context': 'here', 'response': 'y'}, ('here', 'y'),
+     ["  input under 'context'", "  output under 'response'"]),
+    (row(input=None), ('', 'x'), ['  input is null']),
+    (row(output=''), None, ['empty output']),
+    (row(output=' \n'), None, ['empty output']),
+    (row(output=None), None, ['  output is null', 'empty output']),
+    (row(output=float('nan')), None, ['  output is null', 'empty output']),
+    (row(instruction=None), None, ['  instruction is null', 'empty instruction']),
+    ({'instruction': 'f', 'input': ''}, None, ['  no field output', 'empty output']),
+    (row(output=4), None, ['output not text']),
+    (row(instruction=['f']), None, ['instruction not text']),
+    (row(input={}), None, ['input not text']),
+    (row(output='\ud83d'), None, ['half a surrogate pair']),
+    (row(instruction='f\n\n### Response:\nz'), None, ['template heading']),
+    (row(output='word ' * 2000), None, ['too long']),
+]
+
+
+def test_quirks_of_real_rows_are_handled_and_counted(run, read_back):
+    expected = {'rows': len(QUIRKS)}
+    kept = []
+    for _, texts, counts in QUIRKS:
+        if texts:
+            kept.append(('f', *texts))
+        for what in counts:
+            expected[what] = expected.get(what, 0) + 1
+    meta = run([record for record, _, _ in QUIRKS], val_fraction=0)
+    assert meta['counts'] | meta['dropped'] == expected
+    assert read_back('train') == kept
+
+
+def test_templates_without_a_place_for_the_input(run, read_back, tmp_path):
+    """xml puts it below the instruction after a blank line, plain behind it."""
     for template, joint in (('xml', '\n\n'), ('plain', ' ')):
-        bpe = prepare.tokenizer.load(vocabulary, tags=template == 'xml')
-        run(rows, template=template, val_fraction=0)
-        found = conversations(tmp_path / 'data' / 'mine', 'train', bpe, template)
-        texts = [[turn.text for turn in turns] for turns in found]
-        assert texts == [[f'Translate.{joint}Paris', 'Tokyo'], ['Hello', 'done']]
-    ids, _ = tokenfile.Split([str(tmp_path / 'data' / 'mine')], 'train')[0]
-    assert bpe.decode(ids) == 'Translate. Paris Tokyo<|endoftext|>'
+        run([row(instruction='Translate.', input='Paris')], template=template, val_fraction=0)
+        assert read_back('train') == [(f'Translate.{joint}Paris', '', 'x')]
 
 
-def test_forms_agree(run, tmp_path):
-    """An array, pretty or not, and lines, with a byte order mark or blank lines, give the same files."""
-    lines = [json.dumps(row) for row in ROWS]
-    forms = [json.dumps(ROWS), json.dumps(ROWS, indent=4), '\ufeff \n' + json.dumps(ROWS) + '\n', '\n'.join(lines),
-             '\ufeff' + '\n\n'.join(lines) + '\n']
-    assert len({json.dumps(run(form)['splits']) for form in forms}) == 1
+def test_broken_rows_and_other_files(run, tmp_path, capsys):
+    assert run(json.dumps([*ROWS, 'x']))['broken_lines'] == 1
+    assert "broken record 101: found 'x', expected an object" in capsys.readouterr().err
+    for text, said in (('[]', 'no conversation can be used'), ('[{"output": "x"', 'cannot be read'),
+                       ('{"prompt": "f"}', 'no field instruction'), ('[1]', '1 of 1 records')):
+        with pytest.raises(UserError, match=said) as error:
+            run(text, out_dir=tmp_path / 'other')
+        assert '\n' not in str(error.value)
+        assert not (tmp_path / 'other' / 'meta.json').exists()
 
 
-def test_broken_rows(run, capsys):
-    """A few broken lines are named and counted; more than 1 % are refused, as is a file of something else."""
-    text = '\n'.join(json.dumps(ROWS[i % 100] | {'input': str(i)}) for i in range(300))
-    meta = run(text + '\n{"instruction": "f\n[1]\n')
-    assert meta['broken_lines'] == 2 and meta['seen'] == 300
-    assert 'broken line 301: not JSON' in capsys.readouterr().err
-    assert run(json.dumps(ROWS + ['x']))['broken_lines'] == 1
-    assert 'broken row 101: found a str, expected an object' in capsys.readouterr().err
-    with pytest.raises(UserError, match='2 of 102 lines are broken.*Nothing was written'):
-        run(json.dumps(ROWS + [1, None]))
-    with pytest.raises(UserError, match='no row can be used; the first has the keys prompt, answer'):
-        run([{'prompt': 'f', 'answer': 'g'}] * 3)
-    with pytest.raises(UserError, match=r'the first has the keys a\\nb\.'):  # in one line; found by the fuzzer
-        run([{'a\nb': 'g'}])
-    with pytest.raises(UserError, match='no conversation was kept of 0 seen'):
-        run('[]')
+def test_the_split_by_hash_keeps_prompts_together(run, read_back):
+    """In another case or spacing, or with another answer, a prompt is in the same split."""
+    some = []
+    for n in range(3):
+        for i, record in enumerate(ROWS):
+            question = record['instruction']
+            some.append(row(instruction=question, output=f'{i} {n}'))
+            question = question.upper().replace(' ', '  ')
+            some.append(row(instruction=question, output=f'{i} again {n}'))
+    fractions = {'val_fraction': 0.3, 'test_fraction': 0.2}
+    meta = run(some, **fractions)
+    before = {name: read_back(name) for name in meta['splits']}
+    prompts = []
+    for name, found in before.items():
+        assert found and meta['prompts']['also_in_train'].get(name, 0) == 0
+        prompts += {' '.join(question.lower().split()) for question, _, _ in found}
+    assert len(prompts) == len(set(prompts)) and meta['split_rule'].startswith('hash')
+    run([row(instruction='one more'), *some], **fractions)
+    for name, found in before.items():
+        assert set(found) <= set(read_back(name))  # nothing has moved
 
 
-@pytest.mark.parametrize('text, message', [
-    ('[{"output": 1}, {"output": "x', 'row 2, at character 28: Unterminated string'),
-    ('[{"output": 1}, {"output": "x"}', 'row 2, at character 32: the file ends here'),
-    ('[{"output": 1} {"output": "x"}]', 'row 1, at character 16: Expecting , or ]'),
-    ('[{"output": 1 "input": 2},' + ' ' * 99 + ']', "row 1, at character 15: Expecting ',' delimiter"),
-    ('[{"output": 1},]', 'row 2, at character 16: Expecting value'),
-    ('[{"output": "a\nb"}]', 'row 1, at character 15: Invalid control character'),
-    ('[' * 99999, 'row 1, at character 2: maximum recursion depth'),
-    ('[{"output": 1}][', 'something follows the end of the JSON array'),
-])
-def test_broken_array(run, tmp_path, text, message):
-    """A broken array is refused in one line that says where, and nothing is written."""
-    with pytest.raises(UserError) as error:
-        run(text)
-    assert message in str(error.value) and '\n' not in str(error.value) and 'Nothing was written' in str(error.value)
-    assert not (tmp_path / 'data').exists()
+def test_dedup_drops_a_row_whose_prompt_and_answer_both_stood_before(run):
+    first = row(instruction='Why?', output='So  it is.')
+    some = [first, first, first | {'output': 'other'}, first | {'input': '<noinput>'},
+            first | {'instruction': ' WHY? ', 'output': 'So it is.'}, row(output='')]
+    meta = run(some)
+    assert meta['kept'] == 5 and meta['prompts']['rows_repeating_a_prompt'] == 4
+    meta = run(some, dedup=True)
+    assert meta['dropped'] == {'repeated': 3, 'empty output': 1} and meta['kept'] == 2
 
 
-def test_array_of_other_bytes(run, tmp_path):
-    """UTF-16, for one."""
-    (tmp_path / 'other.json').write_bytes(b'[{"output": "\xe9"}]')
-    with pytest.raises(UserError, match='not UTF-8 from about byte 13 on'):
-        run(ROWS, input=tmp_path / 'other.json')
+@pytest.mark.parametrize('flags, ends', [
+    ({'train_rows': 60, 'val_rows': 10}, {'train': 60, 'val': 70, 'test': 100}),
+    ({'split': '85/10/5'}, {'train': 85, 'test': 95, 'val': 100})])
+@pytest.mark.parametrize('seed', [-1, 42])
+def test_splits_by_position(run, read_back, flags, ends, seed):
+    run([row(output=str(i)) for i in range(100)], shuffle_seed=seed, **flags)
+    order = list(range(100))
+    if seed == 42:  # as datasets' Dataset.shuffle(42) does
+        order = np.random.default_rng(42).permutation(100).tolist()
+        assert order[:5] == [59, 21, 56, 18, 33]
+    start = 0
+    for name, end in ends.items():
+        assert [int(output) for *_, output in read_back(name)] == sorted(order[start:end])
+        start = end
 
 
-def test_array_at_every_block_size(tmp_path, monkeypatch):
-    """Wherever a block ends, the elements are those that json reads, and a cut array is refused."""
-    rows = [{'a': 'x"\\é€🙂\n],[{', 'b': [1, -2.5e3, {'c': None}], 'd': ''}, 12, 0.952308, True, 'é', float('inf'), [], {}]
-    path = tmp_path / 'rows.json'
-    for text in (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False)):
-        path.write_text(text, encoding='utf-8')
-        for block in (1, 2, 3, 5, 17, 1000):
-            monkeypatch.setattr(prepare, 'BLOCK', block)
-            assert list(prepare.read_array(path)) == rows
-        for cut in range(len(text) - 1):
-            path.write_text(text[:cut], encoding='utf-8')
-            with pytest.raises(UserError, match='the JSON array is broken in row'):
-                list(prepare.read_array(path))
-
-
-def test_array_is_streamed(tmp_path):
-    """20 MB in rows of 10 KB, on one line, take a few blocks of memory."""
-    path = tmp_path / 'rows.json'
-    path.write_text('[' + ', '.join([json.dumps({'output': 'x' * 10_000})] * 2000) + ']')
-    tracemalloc.start()
-    n = sum(1 for _ in prepare.read_rows(path))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert n == 2000 and peak < 8 << 20, f'{peak:,} bytes'
-
-
-def test_a_long_row_is_not_read_anew_for_every_block(tmp_path, monkeypatch):
-    path = tmp_path / 'rows.json'
-    path.write_text('[[' + '[],' * 100_000 + '[]], 5]')  # 300 KB: 300 blocks, which come to no more than 10 readings
-    n_read = []
-    decode = json.JSONDecoder.raw_decode
-    monkeypatch.setattr(json.JSONDecoder, 'raw_decode', lambda *arguments: n_read.append(1) or decode(*arguments))
-    monkeypatch.setattr(prepare, 'BLOCK', 1000)
-    assert list(prepare.read_array(path)) == [[[]] * 100_001, 5] and len(n_read) < 15
-
-
-def test_split_by_hash_keeps_prompts_together(run, tmp_path, small):
-    """The same prompt in another case or spacing, with another answer, stands in the same split."""
-    rows = [{'instruction': text, 'input': '', 'output': f'{text} {i}'} for i in range(3) for row in ROWS
-            for text in (row['instruction'], row['instruction'].upper().replace(' ', '  '))]
-    meta = run(rows, val_fraction=0.3, test_fraction=0.2)
-    folder = tmp_path / 'data' / 'mine'
-    prompts = {name: {prepare.normalised_prompt(prepare.Row(turns[0].text, '', '', '', []))
-                      for turns in conversations(folder, name, small)} for name in meta['splits']}
-    assert all(prompts.values()) and sum(map(len, prompts.values())) == len(set.union(*prompts.values()))
-    assert meta['prompts']['also_in_train'] == {'val': 0, 'test': 0} and meta['split_rule'].startswith('hash')
-    again = run(rows + [{'instruction': 'one more', 'input': '', 'output': 'z'}], val_fraction=0.3, test_fraction=0.2)
-    more = sum(again['splits'][name]['conversations'] - meta['splits'][name]['conversations'] for name in meta['splits'])
-    moved = {name: {turns[1].text for turns in conversations(folder, name, small)} for name in meta['splits']}
-    assert more == 1 and again['splits']['val']['conversations'] - meta['splits']['val']['conversations'] in (0, 1)
-    assert not moved['train'] & moved['val']
-
-
-def test_dedup(run):
-    """Dropped is a row whose prompt and answer both stood before; the same prompt with another answer stays."""
-    rows = [ROWS[0], ROWS[1], ROWS[0], ROWS[0] | {'output': 'other'}, ROWS[0] | {'input': '<noinput>'},
-            ROWS[0] | {'instruction': ROWS[0]['instruction'].upper()}]
-    meta = run(rows)
-    assert meta['kept'] == 6 and meta['prompts']['rows_repeating_a_prompt'] == 4
-    meta = run(rows, dedup='true')
-    assert meta['dropped'] == {'repeated': 3} and meta['kept'] == 3 and meta['seen'] == 6
-
-
-def test_shuffled_split(run, tmp_path, small):
-    """The rows that datasets' shuffle(42) puts first are trained on, the next are val, the rest test."""
-    rows = [ROWS[0] | {'output': str(i)} for i in range(100)]
-    run(rows, shuffle_seed=42, train_rows=60, val_rows=10)
-    order = np.random.default_rng(42).permutation(100).tolist()  # as in datasets' arrow_dataset.py, Dataset.shuffle
-    assert order[:5] == [59, 21, 56, 18, 33]
-    for name, part in (('train', order[:60]), ('val', order[60:70]), ('test', order[70:])):
-        found = conversations(tmp_path / 'data' / 'mine', name, small)
-        assert [int(turns[1].text) for turns in found] == sorted(part)
-    run(rows, shuffle_seed=42, split='85/10/5')
-    found = conversations(tmp_path / 'data' / 'mine', 'test', small)
-    assert [int(turns[1].text) for turns in found] == sorted(order[85:95])
-
-
-@pytest.mark.parametrize('flags, message', [
-    ({'source': 'dolly'}, "source='dolly': expected one of alpaca, alpaca-cleaned, instruction-data, open-instruct"),
-    ({'template': 'dialogpt'}, "template='dialogpt': expected one of alpaca, xml, plain"),
-    ({'split': '85/10'}, "split='85/10': expected three percentages, train/test/val, that make 100"),
-    ({'split': '85/10/6'}, 'that make 100'), ({'split': '90/20/-10'}, 'that make 100'),
-    ({'split': '85/10/5', 'train_rows': 5}, 'two ways'), ({'shuffle_seed': 42}, 'add --split=85/10/5 or --train_rows=N'),
-    ({'split': '85/10/5', 'test_fraction': 0.1}, 'test_fraction belongs to the split by hash'),
-    ({'val_fraction': 0.5, 'test_fraction': 0.5}, 'together below 1'), ({'max_tokens': 4}, '16 or more'),
-    ({'train_rows': -1}, 'must not be negative'), ({'train_rows': 95}, 'val_rows=1000 are more than the 100 rows'),
-    ({'out_dir': ''}, 'none of the pinned files: say where'), ({'input': 'no/such.json'}, 'No such file'),
-])
-def test_mistakes(run, flags, message):
-    """Each mistake is one sentence that says what to do."""
+@pytest.mark.parametrize('flags, said', [
+    ({'source': 'dolly'}, "'dolly', expected one of alpaca, alpaca-cleaned, instruction-data"),
+    ({'template': 'dialogpt'}, 'expected one of alpaca, xml, plain'),
+    ({'split': '85/10'}, "split='85/10': expected percentages for train/test/val"),
+    ({'split': '85/10/6'}, 'expected percent'), ({'split': '90/20/-10'}, 'expected percent'),
+    ({'split': '85/10/5', 'train_rows': 5}, 'three ways to split'),
+    ({'split': '85/10/5', 'test_fraction': 0.1}, 'three ways to split'),
+    ({'shuffle_seed': 42}, '--split=85/10/5 or --train_rows=N'), ({'max_tokens': 0}, 'at least 1'),
+    ({'train_rows': -1}, 'at least 0'), ({'train_rows': 95}, 'more than the 100 rows'),
+    ({'out_dir': ''}, 'none of the published files'), ({'input': 'no.json'}, 'no.json not found')])
+def test_mistakes_are_one_line_that_says_what_to_do(run, flags, said):
     with pytest.raises(UserError) as error:
         run(ROWS, **flags)
-    assert message in str(error.value) and '\n' not in str(error.value)
+    assert said in str(error.value) and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('sha256', ['right', 'wrong'])
-def test_download_of_unknown_size(tmp_path, sha256):
-    """Where no exact size is pinned the hash decides."""
-    body = b'[]' * 1000
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header('Content-Length', str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.HTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    path, url = str(tmp_path / 'f.json'), f'http://127.0.0.1:{server.server_port}/f.json'
-    try:
-        if sha256 == 'right':
-            digest = hashlib.sha256(body).hexdigest()
-            assert download.download(url, path, None, digest) == download.download(url, path, None, digest) == path
-            with open(path, 'rb') as file:
-                assert file.read() == body
-        else:
-            with pytest.raises(UserError, match='gave a wrong file .sha256 .* expected 00.; it was deleted'):
-                download.download(url, path, None, '00')
-            assert os.listdir(tmp_path) == []
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_pins_are_whole():
-    """Every source is pinned to a commit and has a hash, a licence and a recipe that exists."""
-    for name, pin in prepare.SOURCES.items():
-        assert any(len(part) == 40 for part in pin['url'].split('/')) and len(pin['sha256']) == 64, name
-        assert pin['licence'] and os.path.exists(os.path.join(ROOT, pin['next'].split()[0])), name
-
-
-def save_model(folder, as_on_the_hub):
-    """A tiny GPT-2 with GPT-2's vocabulary, as transformers saves it, or as DialoGPT lies on the hub."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=1024))
-    model.save_pretrained(folder)
-    if as_on_the_hub:
-        os.remove(folder / 'model.safetensors')
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        causal = torch.ones(1, 1, 1024, 1024, dtype=torch.uint8).tril()
-        state |= {f'transformer.h.{i}.attn.bias': causal for i in range(2)}
-        torch.save(state, folder / 'pytorch_model.bin')
+def test_published_files_are_pinned():
+    """To a commit, with a hash, a licence and a recipe that exists."""
+    for name, source in prepare.SOURCES.items():
+        assert any(len(part) == 40 for part in source['url'].split('/')), name
+        assert len(source['sha256']) == 64 and source['licence'], name
+        recipe = prepare.RECIPES.get(name, 'config/finetune_alpaca.py')
+        assert os.path.exists(os.path.join(ROOT, recipe)), name
 
 
 @pytest.mark.parametrize('name, flags', [
     ('instruction_data', {'split': '85/10/5'}), ('alpaca', {'max_tokens': 513}),
-    ('open_instruct', {'template': 'plain', 'max_tokens': 128, 'shuffle_seed': 42, 'train_rows': 80, 'val_rows': 10}),
-])
-def test_recipe(script, tmp_path, gpt2, name, flags):
-    """The recipe prepares, trains and saves on a small model of its own architecture."""
+    ('open_instruct', {'template': 'plain', 'max_tokens': 128, 'shuffle_seed': 42,
+                       'train_rows': 80, 'val_rows': 10})])
+def test_a_recipe_prepares_trains_and_saves(run, tmp_path, gpt2, name, flags):
+    import train
     config = os.path.join(ROOT, 'config', f'finetune_{name}.py')
-    with open(config, encoding='utf-8') as file:
-        dataset = next(line for line in file if line.startswith('dataset')).split("'")[1]
-    (tmp_path / 'rows.json').write_text(json.dumps(ROWS))
-    done = script('data/alpaca/prepare.py', '--input=rows.json', f'--out_dir=data/{dataset}',
-                  *(f'--{key}={value}' for key, value in flags.items()))
-    assert done.returncode == 0, done.stderr
-    assert f'Next: python train.py --data_dir=data --dataset={dataset}' in done.stdout
-    save_model(tmp_path / 'model', name == 'open_instruct')
-    done = script('train.py', config, '--init_from=model', '--max_iters=2', '--epochs=0', '--batch_size=1',
-                  '--gradient_accumulation_steps=1', '--data_dir=data', '--out_dir=out', '--device=cpu',
-                  '--dtype=float32')
-    assert done.returncode == 0, done.stderr
-    assert 'step 2/2' in done.stdout and os.path.exists(tmp_path / 'out' / 'ckpt.pt')
+    run(ROWS, tokenizer='gpt2', **flags)
+    out_dir = tmp_path / 'out'
+    train.main([config, '--init_from=scratch', '--n_layer=1', '--n_head=2', '--n_embd=32',
+                f'--data_dir={tmp_path}/data', '--dataset=mine', f'--out_dir={out_dir}',
+                '--max_iters=2', '--epochs=0', '--batch_size=1', '--device=cpu',
+                '--gradient_accumulation_steps=1', '--dtype=float32'])
+    assert (out_dir / 'ckpt.pt').exists()
