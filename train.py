@@ -34,6 +34,8 @@ class Config:
     eval_iters: Natural = 0          # batches in an evaluation; 0 for the whole validation set
     eval_only: bool = False          # evaluate once and stop
     log_interval: Count = 10         # steps between lines of the log
+    sample_every: Natural = 0        # steps between answers to sample_prompt, to watch; 0 for none
+    sample_prompt: str = "What's the capital of France?"  # asked in the template
     patience: Natural = 0            # stop after so many evaluations without a better one; 0 never
     always_save_checkpoint: bool = True  # False: write ckpt.pt, too, only if val_loss improved
     # a step: gradient_accumulation_steps micro-batches of batch_size rows, over all processes
@@ -128,7 +130,7 @@ def open_model(config, folders):
         model={}, model_args=asdict(opened.model.config), template=template,
         tokenizer=opened.tokenizer.state(), config=asdict(config), step=0, val_loss=None,
         data=data, origin=origin)
-    return opened._replace(checkpoint=state)
+    return opened._replace(template=template, checkpoint=state)
 
 
 def evaluate_and_save(trainer, log, request, is_last):
@@ -158,6 +160,7 @@ def evaluate_and_save(trainer, log, request, is_last):
     if val_loss is not None:
         best = ' (best so far)' if better else ''
         log.say(f'step {state.step}/{config.max_iters} | val_loss {val_loss:.4f}{best}')
+        log.draw()
 
 
 def log_line(trainer, log, before):
@@ -199,6 +202,9 @@ def loop(trainer, log, request):
             log_line(trainer, log, before)
             state.interval = (0.0, 0)
             before = replace(state)
+        if config.sample_every and state.step % config.sample_every == 0 and not log.silent:
+            answer = trainer.answer(config.sample_prompt)
+            log.say(f'step {state.step}/{config.max_iters} | {config.sample_prompt} -> {answer!r}')
         if trainer.stopped:
             break
     resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
@@ -208,6 +214,7 @@ def loop(trainer, log, request):
         return
     if not is_last:
         log.say(f'no better val_loss in {config.patience} evaluations')
+    log.draw()
     log.say(f'finished. Talk to it: python sample.py {resume} --chat')
 
 

@@ -66,11 +66,19 @@ class RunLog:
         for track in self.trackers:
             track(numbers, row['step'])
 
+    def draw(self):
+        """Draw loss.png. A run goes on without it."""
+        if self.silent:
+            return
+        try:
+            plot(self.out_dir)
+        except UserError as error:
+            self.say(str(error))
+
     def finish(self):
-        """Draw loss.png."""
+        """Say where the curve is."""
         self.bar.close()
-        if not self.silent and plot(self.out_dir):
-            self.say(f'the curve is in {self.out_dir}/loss.png, the numbers are in {self.path}')
+        self.say(f'the curve is in {self.out_dir}/loss.png, the numbers are in {self.path}')
 
 
 def open_tracker(name, config, step):
@@ -108,10 +116,8 @@ def read(out_dir):
 
 
 def plot(out_dir):
-    """Draw loss.png from log.csv; returns whether there was anything to draw."""
+    """Draw loss.png from log.csv."""
     rows = read(out_dir)
-    if not rows:
-        return False
     import matplotlib  # slow to import
     matplotlib.use('Agg')
     from matplotlib import pyplot
@@ -128,4 +134,3 @@ def plot(out_dir):
     with write_whole(os.path.join(out_dir, 'loss.png'), 'wb') as file:
         figure.savefig(file, dpi=120)
     pyplot.close(figure)
-    return True

@@ -12,9 +12,11 @@ from dataclasses import replace
 import torch
 
 from configurator import UserError
-from core import checkpoint
+from core import checkpoint, conversation
+from core.conversation import Turn
 from core.device import autocast, pick_dtype
-from core.files import Bar
+from core.files import Bar, reading
+from core.generate import Sampling, generate
 
 
 def learning_rate(config, step):
@@ -49,6 +51,7 @@ class Trainer:
     def __init__(self, config, procs, opened, train_rows, val_rows, last_row):
         self.config = config
         self.procs = procs
+        self.opened = opened
         self.state = opened.checkpoint
         self.train_rows = train_rows
         self.val_rows = val_rows  # None if the validation set is empty
@@ -177,6 +180,20 @@ class Trainer:
         if not math.isfinite(loss_sum):
             raise UserError(f'val_loss is {loss_sum}. {WHAT_TO_DO}')
         return None if self.stopped else loss_sum / n_tokens
+
+    @torch.inference_mode()
+    def answer(self, text):
+        """What the model answers to a user's text now: at most 48 tokens, greedy."""
+        tokenizer = self.opened.tokenizer
+        template = self.opened.template
+        with reading('--sample_prompt'):
+            ids = conversation.prompt([Turn('user', text)], tokenizer, template)
+        self.model.eval()
+        stops = conversation.stop_ids(tokenizer, template)
+        steps = generate(self.model, [ids], 48, Sampling(temperature=0), stops=stops)
+        answer = [token for token, in steps]
+        self.model.train()
+        return conversation.answer_text(answer, tokenizer, template)
 
     def save(self, name, val_loss=None):
         """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
