@@ -1,125 +1,329 @@
-"""Fuzz what reads other people's bytes, guided by the coverage of our own lines.
+"""Damage files that a stranger may have written: reading them ends in a value or in one line.
 
-    pip install -r requirements-fuzz.txt
-    python tests/stress/fuzz.py --target=oasst --inputs=100000
-    python tests/stress/fuzz.py --target=all --inputs=1000000      # shared out; about an hour on one core
-    python tests/stress/fuzz.py --target=oasst --replay=out/fuzz/oasst/crash-…
+    python tests/stress/fuzz.py --target=oasst --inputs=100000     # --help lists the targets
 
-What must hold stands in targets.py and readers.py. A finding ends the run with exit code 1, and its input
-is kept in out_dir. atheris: https://github.com/google/atheris, libFuzzer for Python.
+An input is bytes that choose what is damaged, and how. With atheris (pip install -r
+requirements-fuzz.txt) they follow the coverage of our own lines; without it they are random.
+The first finding is kept in out_dir and ends the run. To see it again:
+Target('oasst').check(the bytes in the file). https://github.com/google/atheris
 """
+import contextlib
+import copy
+import faulthandler
 import glob
+import gzip
+import io
+import json
 import os
-import signal
-import subprocess
+import random
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
-sys.path.insert(0, os.path.join(ROOT, "tests"))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import configurator
-from configurator import UserError
+import torch  # before atheris, which would follow all of it for minutes
 
-# Of a million inputs, how many go where: the reading of a checkpoint takes a hundred times as long as a flag.
-SHARES = {'conversation': 0.25, 'configurator': 0.25, 'oasst': 0.12, 'alpaca': 0.12, 'tokenizer': 0.10, 'tokenfile': 0.10, 'checkpoint': 0.06}
-OURS = ['checkpoint', 'configurator', 'conversation', 'tokenfile', 'tokenizer', 'data.pipeline', 'data.oasst.prepare',
-        'data.alpaca.prepare']
-FORBIDDEN = ('os.system', 'os.exec', 'os.fork', 'os.posix_spawn', 'subprocess.Popen', 'socket.connect', 'pty.spawn')
+OURS = ['configurator', 'core', 'data', 'train']
+atheris = None
+followed = contextlib.nullcontext()
+if __name__ == '__main__':
+    with contextlib.suppress(ImportError):
+        import atheris
+        followed = atheris.instrument_imports(include=OURS)
+with followed:
+    import configurator
+    import train
+    from configurator import Count, Seed, UserError
+    from core import checkpoint, tokenfile, tokenizer
+    from core.conversation import Turn, encode
+    from core.files import reading
+    from core.generate import Sampling, generate
+    from core.readback import decode
+    from core.rows import Rows
+    from data.alpaca import prepare as alpaca
+    from data.oasst import prepare as oasst
+    from model import GPT, GPTConfig
+
+TARGETS = ('config', 'oasst', 'alpaca', 'vocabulary', 'data', 'checkpoint')
+SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
+PIECES = [b'', b'\n', b'"', b'{', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'NaN', b'</user>',
+          b'### Response:', b'\\ud800', b'9' * 5000, b'1+' * 3000, b'open("x", "w")']
+VALUES = [None, True, 0, -1, 1, 10 ** 400, 0.5, float('nan'), float('inf'), '', 'xml', '\0',
+          '\ud800', '\n', 'é', '../x', 'x' * 300, [], {}, [[]], [None], {'': None}, {'a': {}}]
 
 
 @dataclass(frozen=True)
 class Config:
-    target: str = 'all'          # all, conversation, configurator, oasst, alpaca, tokenizer, tokenfile or checkpoint
-    inputs: int = 1_000_000      # how many; with all, shared out among the targets
-    replay: str = ''             # run this one input instead, without the fuzzer
-    seed: int = 1337             # of the fuzzer
-    timeout_s: int = 20          # of processor time; an input that takes more is a finding: a hang
-    memory_mb: int = 2048        # so is one that makes the process grow beyond this
-    out_dir: str = 'out/fuzz'    # the inputs that reached something new, and the findings
-
-    def problems(self):
-        """What cannot work, a sentence each."""
-        if self.target not in ('all', *SHARES):
-            yield f'target={self.target!r}: expected all or one of {", ".join(SHARES)}.'
-        if min(self.inputs, self.timeout_s, self.memory_mb) < 1:
-            yield 'inputs, timeout_s and memory_mb must be at least 1.'
+    target: Literal[TARGETS] = 'config'
+    inputs: Count = 20_000       # how many
+    seed: Seed = 1337            # of the inputs
+    out_dir: str = 'out/fuzz'    # where findings go
 
 
-def make(name):
-    """The target of this name."""
-    from stress import readers, targets
-    return {'conversation': targets.Conversation, 'configurator': targets.Configurator, 'oasst': targets.Oasst, 'alpaca': targets.Alpaca,
-            'tokenizer': readers.Vocabulary, 'tokenfile': readers.TokenFile, 'checkpoint': readers.Checkpoint}[name]()
+# ---- damage ----
+
+class Choices:
+    """Decisions from bytes. Once these are used up, each is 0."""
+
+    def __init__(self, data):
+        self.data = data
+        self.at = 0
+
+    def number(self, n):
+        """0 to n - 1."""
+        self.at += 2
+        return int.from_bytes(self.data[self.at - 2:self.at], 'little') % n
+
+    def of(self, options):
+        return options[self.number(len(options))]
 
 
-def guard(event, arguments):
-    """An audit hook: nothing that is read may start a program or open a connection."""
-    if event in FORBIDDEN:
-        raise AssertionError(f'{event} {arguments!r}')
+def damage_value(value, choices):
+    """A copy of nested dicts and lists in which something is another value, gone or twice."""
+    if not isinstance(value, dict | list) or not value or not choices.number(8):
+        return choices.of(VALUES)
+    value = copy.copy(value)
+    key = choices.of(list(value) if isinstance(value, dict) else range(len(value)))
+    how = choices.number(9)
+    if how == 0:
+        del value[key]
+    elif how == 1 and isinstance(value, list):
+        value.append(value[key])
+    else:
+        value[key] = damage_value(value[key], choices)
+    return value
 
 
-class Hang(BaseException):
-    """Raised into an input that takes too long."""
+def damage_bytes(data, choices):
+    """The data with something overwritten, inserted, doubled, or cut off."""
+    i = choices.number(len(data) + 1)
+    piece = choices.of([*PIECES, bytes([choices.number(256)]), data[i:i + 9]])
+    rests = [piece + data[i + len(piece):], piece + data[i:], data[i + len(piece):], b'']
+    return data[:i] + choices.of(rests)
 
 
-def hang(number, frame):
-    """The handler of the timer."""
-    raise Hang
-
-
-def fuzz(config):
-    """Fuzz one target; does not return: the fuzzer ends the process."""
+def damage(data, choices):
+    """The bytes of a file with some damage: to the values that it holds, or to the bytes."""
     try:
-        import atheris
-    except ImportError:
-        raise UserError('atheris is not installed. Run: pip install -r requirements-fuzz.txt') from None
-    import torch  # first, and as it is: to follow all of it would take minutes
-    del sys.modules['configurator']  # read without being followed, for our own flags
-    with atheris.instrument_imports(include=OURS):
-        target = make(config.target)
-    atheris.instrument_func(torch._weights_only_unpickler.Unpickler.load)
-    folder = os.path.join(config.out_dir, config.target)
-    os.makedirs(os.path.join(folder, 'corpus'), exist_ok=True)
-    for i, seed in enumerate(target.seeds):
-        with open(os.path.join(folder, 'corpus', f'seed-{i}'), 'wb') as file:
-            file.write(seed)
-        target.check(seed)  # warms up, too: what is imported when first used
-    sys.addaudithook(guard)
-    signal.signal(signal.SIGPROF, hang)
-    n_checked = 0
+        values = [json.loads(line) for line in data.splitlines()]
+    except ValueError:
+        values = []
+    if data[:2] == b'PK' and choices.number(3):
+        file = io.BytesIO()
+        torch.save(damage_value(torch.load(io.BytesIO(data)), choices), file)
+        return file.getvalue()
+    for _ in range(choices.of((1, 1, 2, 3))):
+        if values and choices.number(3):
+            i = choices.number(len(values))
+            values[i] = damage_value(values[i], choices)
+            data = '\n'.join(map(json.dumps, values)).encode()
+        else:
+            data = damage_bytes(data, choices)
+    if not choices.number(20):
+        data = damage_bytes(gzip.compress(data, mtime=0), choices)
+    return data
 
-    def check(data):
-        nonlocal n_checked
-        signal.setitimer(signal.ITIMER_PROF, config.timeout_s)  # processor time: on a busy machine the clock says nothing
-        target.check(data)
-        n_checked += 1
-        if n_checked % 10_000 == 0 or n_checked == config.inputs:
-            print(f'{config.target}: {n_checked:,} inputs, {target.accepted:,} of them taken', flush=True)
-    atheris.Setup([sys.argv[0], f'-runs={config.inputs}', f'-seed={config.seed}', '-timeout=3600', '-report_slow_units=3600', '-print_final_stats=1',
-                   f'-rss_limit_mb={config.memory_mb}', f'-artifact_prefix={folder}/', '-max_len=20000', os.path.join(folder, 'corpus')], check)
-    atheris.Fuzz()
+
+# ---- targets: what is written whole, how it is read once damaged, and what must hold ----
+
+def write(name, content):
+    """Write bytes, text, or a value as JSON, in the current folder."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    with open(name, 'wb') as file:
+        file.write(content)
+
+
+def make_config():
+    write('run.py', '"""What it is for."""\n# a comment\nbatch_size = 4 * 2\nlearning_rate = 1e-4\n'
+                    'compile = True\nout_dir = "x" + "y"\nloss_on = "all"  # every token\n')
+
+
+def read_config(choices):
+    config = configurator.load(train.Config, ['run.py'])
+    for name, value in asdict(config).items():
+        assert type(value) is type(getattr(train.Config, name)), (name, value)
+
+
+def make_vocabulary():
+    vocab = {tokenizer.to_unicode(token): i for i, token in enumerate(SMALL.tokens)}
+    merges = [['a', 'b'], [tokenizer.to_unicode(b' '), 't']]
+    write('tokenizer.json', {'added_tokens': [], 'model': {'vocab': vocab, 'merges': merges}})
+    write('state.json', SMALL.state())
+
+
+def read_vocabulary(choices):
+    if choices.number(2):
+        bpe = tokenizer.load('tokenizer.json')
+    else:
+        with reading('state.json'), open('state.json', encoding='utf-8') as file:
+            bpe = tokenizer.from_state(json.load(file))
+    text = 'the user\'s é 🙂\0</user> <|endoftext|>'
+    ids = bpe.encode(text).tolist()
+    assert bpe.decode(ids) == text and not {*ids} & {*bpe.special.values()}
+    assert max(ids) < bpe.vocab_size <= 2 ** 16
+
+
+def message(name, role, *replies):
+    return {'message_id': name, 'text': f'text {name} <user>', 'role': role, 'lang': 'en',
+            'rank': 0, 'deleted': False, 'review_result': True, 'replies': list(replies)}
+
+
+def make_oasst():
+    answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
+    records = []
+    for name in 'uvw':
+        prompt = message(name, 'prompter', answer)
+        records.append({'message_tree_id': name, 'prompt': prompt})
+    for name, role, parent in (('b', 'assistant', 'a'), ('a', 'prompter', None),
+                               ('e', 'assistant', 'f'), ('f', 'assistant', 'e')):  # a cycle
+        records.append(message(name, role) | {'parent_id': parent, 'message_tree_id': 'a'})
+    write('source', '\n'.join(map(json.dumps, records)))
+
+
+def make_alpaca():
+    write('source', [{'instruction': 'Add.', 'input': '1 and 2', 'output': '3'},
+                     {'instruction': 'Say hi', 'input': '', 'output': 'hi </assistant>'},
+                     {'instruction': 'add. ', 'context': '1  and 2', 'response': 'three'},
+                     {'instruction': '### Response:', 'input': None, 'output': '### Input:'}])
+
+
+def contents(folder):
+    """{name: which file it is} of what a reader sees in the folder."""
+    paths = glob.glob(f'{folder}/*')
+    return {path: (os.stat(path).st_ino, os.stat(path).st_mtime_ns) for path in paths}
+
+
+def read_source(script, options, choices):
+    """Whole token files that read back and whose counts add up, or those of before, untouched."""
+    before = contents('out')
+    try:
+        flags = [choices.of(several) for several in options]
+        script.main(['--input=source', '--out_dir=out', '--tokenizer=small.json', *flags])
+    except UserError:
+        assert contents('out') == before, 'refused, and yet the files are others'
+        raise
+    meta = tokenfile.read_meta('out')
+    n = 0
+    for name in meta['splits']:
+        split = tokenfile.Split(['out'], name)
+        n += len(split)
+        for i in range(len(split)):
+            assert decode(*split[i], SMALL, meta['template'])
+    assert n == meta['kept'] == meta['seen'] - sum(meta['dropped'].values()) > 0
+
+
+def read_oasst(choices):
+    read_source(oasst, [['--turns=first', '--turns=all'], ['--lang=en', '--lang=all'],
+                        ['--template=xml', '--template=dialogpt']], choices)
+
+
+def read_alpaca(choices):
+    read_source(alpaca, [['--template=alpaca', '--template=plain'], ['--dedup', '--max_tokens=40'],
+                         ['--val_fraction=0.5', '--split=60/20/20']], choices)
+
+
+def make_data():
+    with tokenfile.Writer('.', ('train', 'val')) as writer:
+        for n in range(4):
+            turns = [Turn('user', 'x' * n), Turn('assistant', 'y' * n)]
+            ids, mask, _ = encode(turns, SMALL)
+            writer.add('train', ids, mask, [len(ids)])
+        writer.finish({'template': 'xml', 'tokenizer': SMALL.state(), 'source': {'name': 'x'}})
+
+
+def read_data(choices):
+    meta = tokenfile.read_meta('.')
+    with reading('meta.json'):
+        bpe = tokenizer.from_state(meta['tokenizer'])
+    split = tokenfile.Split(['.'], 'train', vocab_size=bpe.vocab_size)
+    for batch in Rows(split, 64, seed=1).batches(2):
+        assert len(batch.idx) == len(batch.positions) == sum(n * t for n, t in batch.runs)
+        assert max(batch.idx.max(), batch.targets.max()) < bpe.vocab_size
+
+
+def make_checkpoint():
+    config = train.Config(n_layer=1, n_head=2, n_embd=4, block_size=8)
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=SMALL.vocab_size)
+    checkpoint.save(checkpoint.Checkpoint(
+        model=dict(GPT(shape).state_dict()), model_args=asdict(shape), template='xml',
+        tokenizer=SMALL.state(), config=asdict(config), step=3, val_loss=1.5), 'ckpt.pt')
+
+
+def read_checkpoint(choices):
+    opened = checkpoint.open_model('.')
+    model = opened.model.float().eval()
+    next(generate(model, [[opened.tokenizer.end_of_text]], 1, Sampling(temperature=0)))
+    with contextlib.suppress(UserError):
+        configurator.load(train.Config, [], opened.checkpoint.config)
+
+
+class Target:
+    """A target by its name, in a folder of its own, which becomes the current one."""
+
+    def __init__(self, name):
+        memory = '/dev/shm' if os.path.isdir('/dev/shm') else None
+        self.folder = tempfile.TemporaryDirectory(prefix='fuzz-', dir=memory)
+        self.read = globals()[f'read_{name}']
+        self.may_have_lines = name == 'config'  # one for each mistake
+        self.n_read = 0  # a target that refused every input would test nothing
+        os.chdir(self.folder.name)
+        globals()[f'make_{name}']()
+        self.files = {}
+        for path in sorted(glob.glob('*')):
+            with open(path, 'rb') as file:
+                self.files[path] = file.read()
+        make_vocabulary()
+        os.rename('tokenizer.json', 'small.json')
+
+    def check(self, data):
+        """Raises whatever must not be raised."""
+        choices = Choices(data)
+        damaged = choices.of(list(self.files))
+        for name, content in self.files.items():
+            write(name, damage(content, choices) if name == damaged else content)
+        silence = io.StringIO()
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            try:
+                self.read(choices)
+                self.n_read += 1
+            except UserError as error:
+                lines = str(error).split('\n')
+                assert all(lines) and (len(lines) == 1 or self.may_have_lines), lines
+
+
+# ---- running ----
+
+def inputs(n, seed):
+    """n random inputs."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        yield rng.randbytes(rng.choice((6, 12, 24, 48)))
 
 
 def main(argv):
-    """The script."""
     config = configurator.load(Config, argv)
-    if config.replay:
-        with open(config.replay, 'rb') as file:
-            make(config.target).check(file.read())
-        print(f'{config.replay}: nothing is broken')
-    elif config.target != 'all':
-        fuzz(config)
-    else:
-        failed = []
-        for name, share in SHARES.items():
-            flags = [f'--{key}={getattr(config, key)}' for key in ('seed', 'timeout_s', 'memory_mb', 'out_dir')]
-            run = subprocess.run([sys.executable, __file__, f'--target={name}', f'--inputs={round(config.inputs * share)}', *flags], check=False)
-            failed += [name] * (run.returncode != 0)
-        if failed:
-            found = glob.glob(os.path.join(config.out_dir, '*', '*-*'))
-            raise UserError(f'findings in {", ".join(failed)}: {", ".join(sorted(found))}')
+    folder = os.path.abspath(os.path.join(config.out_dir, config.target))
+    os.makedirs(folder, exist_ok=True)
+    target = Target(config.target)
+
+    def check(data):
+        faulthandler.dump_traceback_later(60, exit=True)  # a hang is a finding
+        target.check(data)
+
+    if atheris:
+        atheris.Setup([sys.argv[0], f'-runs={config.inputs}', f'-seed={config.seed}',
+                       '-max_len=200', '-len_control=0', f'-artifact_prefix={folder}/'], check)
+        atheris.Fuzz()  # ends the process
+    for i, data in enumerate(inputs(config.inputs, config.seed)):
+        path = os.path.join(folder, f'crash-{i}')
+        with open(path, 'wb') as file:
+            file.write(data)
+        check(data)
+        os.remove(path)
+    print(f'{config.target}: {config.inputs:,} inputs, {target.n_read:,} of them read')
 
 
 if __name__ == '__main__':
