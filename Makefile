@@ -1,5 +1,5 @@
-# make demo: install, prepare, train and question a small model, on a bare machine with two cores
-# make chat: open that model in the browser, beside its base (after make demo)
+# make demo: install, train a small base on prose, tune it on conversations and ask both, on two cores
+# make chat: open the tuned model in the browser, beside its base (after make demo)
 # make test: install what the tests need and run them
 # make lint: look for mistakes that a program can find
 #
