@@ -60,9 +60,11 @@ def main(argv):
     for group, label, color, style in LINES:
         shares = [quiz.exact(questions, answers, group) for answers in all_answers]
         axes.plot((0, *STEPS), shares, style, color=color, label=label, linewidth=2)
-    axes.axhline(known, color='grey', linestyle=':', label='the base, completing the never-asked sentences')
+    axes.axhline(known, color='grey', linestyle=':',
+                 label='the base, completing the never-asked sentences')
     axes.axhline(0, color='black', linewidth=2, label='the base, asked')
-    axes.set(xlabel='steps of tuning', ylabel='exact answers, %', xlim=(0, STEPS[-1]), ylim=(-2, 102))
+    axes.set(xlabel='steps of tuning', ylabel='exact answers, %')
+    axes.set(xlim=(0, STEPS[-1]), ylim=(-2, 102))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     figure.savefig(config.out, dpi=110)

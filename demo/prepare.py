@@ -1,6 +1,6 @@
 """Facts about 195 countries -> prose for a base model, conversations to tune it, and a quiz.
 
-    python demo/prepare.py      # writes demo/prose/, demo/chat/, demo/quiz.jsonl, demo/tokenizer.json
+    python demo/prepare.py   # writes prose/, chat/, quiz.jsonl and tokenizer.json into demo/
 
 The prose states every fact. The conversations ask for the capital of most countries, in both
 directions, and for the other facts of all. None asks for the capital of the 40 "never asked"
@@ -166,10 +166,10 @@ def make_conversations(facts, never_asked, wordings, config):
             kind = rng.choice(kinds_of[row['name']])
             turns.append(Turn('user', question(row, kind, wordings, rng)))
             turns.append(Turn('assistant', fill(wordings['ask'][kind]['answer'], row)))
-        # Two questions about different countries may still name both: Spain, and Port of Spain.
+        # Questions about two countries can still name both of a pair, as Port of Spain names Spain.
         text = words(' '.join(turn.text for turn in turns))
-        if not any(words(row['name']) in text and words(row['capital']) in text
-                   for row in never_asked):
+        pairs = [(words(row['name']), words(row['capital'])) for row in never_asked]
+        if not any(name in text and capital in text for name, capital in pairs):
             found.append(turns)
     return found
 
@@ -180,12 +180,12 @@ def make_quiz(facts, never_asked, wordings, which='quiz'):
     for row in facts:
         for kind, direction in DIRECTIONS.items():
             group = 'never asked' if row in never_asked else 'held-out wording'
-            ask = wordings['ask'][kind]
-            for wording in ask[which]:
+            wanted = {'capital': row['capital'], 'country': row['name']}[kind]
+            answer = fill(wordings['ask'][kind]['answer'], row)
+            for wording in wordings['ask'][kind][which]:
                 found.append({
-                    'question': fill(wording, row), 'before': [], 'answer': fill(ask['answer'], row),
-                    'wanted': row['capital'] if kind == 'capital' else row['name'],
-                    'group': f'{group}, {direction}'})
+                    'question': fill(wording, row), 'before': [], 'answer': answer,
+                    'wanted': wanted, 'group': f'{group}, {direction}'})
     return found
 
 

@@ -63,7 +63,7 @@ def exact(questions, answers, group):
 
 
 def completed(opened, questions, group):
-    """How many of a group's answers the model completes if it is given all but the name, in percent."""
+    """How many of a group's answers the model completes, given all but the name, in percent."""
     names = {q['answer']: q['wanted'] for q in questions if q['group'].startswith(group)}
     prompts = []
     for answer, name in names.items():

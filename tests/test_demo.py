@@ -69,12 +69,13 @@ def test_no_held_out_wording_stands_in_a_training_text(conversations, which):
 def test_every_text_of_prose_names_the_capital_twice():
     for i, text in enumerate(PROSE):
         row = FACTS[i % len(FACTS)]
-        assert text.count(row['capital']) >= 2 and row['country'][1:] in text and '{' not in text, text
+        assert text.count(row['capital']) >= 2 and row['country'][1:] in text, text
+        assert '{' not in text
 
 
 def test_the_never_asked_follow_the_seed_and_do_not_give_the_answer_away():
-    assert NEVER_ASKED == prepare.choose_never_asked(FACTS, CONFIG)
-    assert NEVER_ASKED != prepare.choose_never_asked(FACTS, prepare.Config(seed=2))
+    assert prepare.choose_never_asked(FACTS, CONFIG) == NEVER_ASKED
+    assert prepare.choose_never_asked(FACTS, prepare.Config(seed=2)) != NEVER_ASKED
     for row in NEVER_ASKED:
         assert not set(row['name'].lower().split()) & set(row['capital'].lower().split()), row
 
