@@ -21,7 +21,7 @@ gradient_accumulation_steps = 1
 # 1,250 * 8 * 128 = 1.3 M tokens, 2.4 passes.
 max_iters = 1250
 eval_interval = 1250
-log_interval = 100
+log_interval = 250
 
 learning_rate = 3e-3
 warmup_iters = 100

@@ -8,7 +8,7 @@ out_dir = 'out/demo'
 init_from = 'out/demo-base'
 data_dir = '.'
 
-# Conversations mixed with the base's own prose, three tokens to one, so that the base forgets nothing.
+# Conversations mixed with the base's own prose, three tokens to one, so that it forgets nothing.
 # To see it forget: --dataset=demo/chat. The first data set decides the template.
 dataset = 'demo/chat,demo/prose'
 
@@ -19,7 +19,7 @@ gradient_accumulation_steps = 1
 # 1,700 * 8 * 128 = 1.7 M tokens, 0.8 passes.
 max_iters = 1700
 eval_interval = 1700
-log_interval = 100
+log_interval = 250
 
 learning_rate = 2e-3
 warmup_iters = 100
