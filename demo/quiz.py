@@ -5,7 +5,7 @@ import os
 from core import checkpoint, conversation
 from core.conversation import Turn
 from core.files import reading
-from core.generate import generate
+from core.generate import Sampling, generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -32,7 +32,7 @@ def write_on(opened, prompts, stops=(), batch_size=256):
     for start in range(0, len(order), batch_size):
         group = order[start:start + batch_size]
         batch = [prompts[i] for i in group]
-        for tokens in generate(opened.model, batch, 32, temperature=0.0, stops=stops):
+        for tokens in generate(opened.model, batch, 32, Sampling(temperature=0.0), stops=stops):
             for i, token in zip(group, tokens):
                 if token is not None:
                     found[i].append(token)

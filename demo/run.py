@@ -16,9 +16,9 @@ from configurator import Seed, UserError
 from demo import quiz
 
 LESSON = """
-No conversation asked for the capital of the "never asked", and the tuned model names it: it knows
-from the prose, and learned to answer from questions about others. The base knows, too: given "The
-capital of ... is", it goes on with the right name in {:.0f} % of them. But it answers no question.
+The base knows the facts: given all of a never-asked sentence but the name, it completes {:.0f} %.
+But it answers no question. Tuning taught it how to answer, with questions about other countries,
+and what it knew is carried over to the never asked.
 """
 
 
@@ -39,15 +39,15 @@ def run(script, *arguments):
     return time.perf_counter() - started
 
 
-def print_line(texts, widths):
-    """The texts in columns. One that is too long is cut."""
+def print_columns(texts):
+    """The texts side by side. One that is too long is cut."""
     cells = []
-    for text, width in zip(texts, widths):
+    for text in texts:
         text = ' '.join(text.split())
-        if len(text) > width:
-            text = text[:width - 1] + '…'
-        cells.append(text.ljust(width))
-    print('  '.join(cells).rstrip())
+        if len(text) > 38:
+            text = text[:37] + '…'
+        cells.append(f'{text:<40}')
+    print(''.join(cells).rstrip())
 
 
 def main(argv):
@@ -64,24 +64,21 @@ def main(argv):
     tuned_answers = quiz.ask(tuned, questions, tuned.template)
     groups = sorted({q['group'] for q in questions}, reverse=True)
 
-    widths = (38, 38, 38)
     print()
-    print_line(('base', 'tuned', 'right answer'), widths)
+    print_columns(('base', 'tuned', 'right answer'))
     for group in groups:
         members = [i for i, q in enumerate(questions) if q['group'] == group]
         for i in members[::len(members) // 2 + 1]:
             q = questions[i]
             print(f'\n{q["question"]} ({group})')
-            print_line((base_answers[i][0], tuned_answers[i][0], q['answer']), widths)
+            print_columns((base_answers[i][0], tuned_answers[i][0], q['answer']))
 
-    print()
-    widths = (28, 9, 9, 9)
-    print_line(('exact answers', 'questions', 'base', 'tuned'), widths)
+    print(f'\n{"exact answers":<28}{"questions":>10}{"base":>10}{"tuned":>10}')
     for group in groups:
         n = sum(q['group'] == group for q in questions)
         before = quiz.exact(questions, base_answers, group)
         after = quiz.exact(questions, tuned_answers, group)
-        print_line((group, f'{n:9,}', f'{before:7.1f} %', f'{after:7.1f} %'), widths)
+        print(f'{group:<28}{n:>10,}{before:>8.1f} %{after:>8.1f} %')
     print(LESSON.format(quiz.completed(base, questions, 'never asked')))
     print(f'demo: never asked {quiz.exact(questions, tuned_answers, "never asked"):.1f} % '
           f'(base {quiz.exact(questions, base_answers, "never asked"):.1f} %), '
