@@ -31,6 +31,8 @@ class Config:
     max_new_tokens: Count = 128  # the longest answer
     temperature: Positive = 0.8  # of the sampled answers to the quiz; all others are greedy
     top_k: Natural = 200         # sample from the k most likely tokens; 0: from all
+    repetition_penalty: Positive = 1.0  # over 1: tokens that are in the text become less likely
+    no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
     seed: Seed = 1337            # for sampling and for drawing questions
     batch_size: Count = 32       # prompts answered together
     # where
@@ -122,7 +124,9 @@ def response_loss(model, split, what=''):
 def ask(opened, template, questions, config, what):
     """(greedy Answers to the Questions, a dict about each for the report)."""
     turns = [question.turns for question in questions]
-    answers = answer_all(opened, template, turns, config.max_new_tokens,
+    greedy = Sampling(0, repetition_penalty=config.repetition_penalty,
+                      no_repeat_ngram_size=config.no_repeat_ngram_size)
+    answers = answer_all(opened, template, turns, config.max_new_tokens, greedy,
                          batch_size=config.batch_size, what=what)
     shown = []
     for question, answer in zip(questions, answers):
@@ -162,7 +166,9 @@ def measure_quiz(opened, questions, config):
     what = f'{opened.description}: quiz'
     greedy, shown = ask(opened, template, questions, config, what)
     turns = [question.turns for question in questions]
-    sampling = Sampling(config.temperature, config.top_k)
+    sampling = Sampling(config.temperature, config.top_k,
+                        repetition_penalty=config.repetition_penalty,
+                        no_repeat_ngram_size=config.no_repeat_ngram_size)
     sampled = answer_all(opened, template, turns, config.max_new_tokens, sampling, config.seed,
                          config.batch_size, f'{what}, sampled')
     scores = {'greedy': quiz.scores(greedy, questions), 'sampled': quiz.scores(sampled, questions)}
@@ -218,6 +224,28 @@ def figures(result):
     return found
 
 
+def remarks(results):
+    """Lines on what is wrong with each model's answers, and on what changed from the first one."""
+    lines = []
+    for result in results:
+        form = result.get('form') or result.get('quiz_form') or {}
+        if form.get('repeated 4-grams', 0) > 0.2:
+            lines.append(f"{result['model']} repeats itself ({form['repeated 4-grams']:.0%} of its "
+                         '4-grams): try --repetition_penalty=1.2 or --no_repeat_ngram_size=4')
+        if form.get('stops by itself', 1) < 0.5:
+            lines.append(f"{result['model']}: only {form['stops by itself']:.0%} of the answers end "
+                         'by themselves; the others were cut at max_new_tokens')
+    first = results[0]
+    for result in results[1:]:
+        changed = []
+        for name, value in result['figures'].items():
+            before = first['figures'].get(name)
+            if name != 'parameters' and before not in (None, value):
+                changed.append(f'{name} {before} -> {value}')
+        lines.append(f"from {first['model']} to {result['model']}: {'; '.join(changed[:6])}")
+    return lines
+
+
 def table(names, results):
     """The figures of all models side by side, as text."""
     left = max(len(name) for name in names) + 2
@@ -243,6 +271,8 @@ def main(argv):
     names = {}
     for result in results:
         names |= result['figures']
+    for line in remarks(results):
+        print(line)
     print(table(names, results))
     settings = asdict(config)
     report = json.dumps({'config': settings, 'models': results}, indent=1, ensure_ascii=False)

@@ -64,13 +64,19 @@ def parse(line):
 
 
 def from_split(split, tokenizer, template, n):
-    """The first n conversations of a tokenfile.Split as Questions, each up to its last answer."""
+    """The first n different prompts of a tokenfile.Split: its conversations up to the last answer."""
     found = []
-    for i in range(min(n, len(split))):
+    asked = set()
+    for i in range(len(split)):
+        if len(found) == n:
+            break
         with reading(f'conversation {i} of split {split.name!r}', 'Prepare the folder again.'):
             turns = decode(*split[i], tokenizer, template)
         last = max((k for k, turn in enumerate(turns) if turn.role == 'assistant'), default=0)
-        if last:
+        # The learned mark does not matter: threads of one tree may differ in it alone.
+        prompt = tuple((turn.text, turn.context) for turn in turns[:last])
+        if last and prompt not in asked:
+            asked.add(prompt)
             found.append(Question(turns[:last], turns[last].text))
     return found
 

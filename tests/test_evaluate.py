@@ -207,3 +207,25 @@ def test_a_full_disk_leaves_the_last_report(run, model, tmp_path, monkeypatch):
         run(model, dataset='small', answers=1)
     assert (tmp_path / 'report' / 'report.json').read_text() == before[0]
     assert (tmp_path / 'report' / 'report.html').read_text() == before[1]
+
+
+def test_each_different_prompt_is_asked_once(small):
+    """Trees give several answers to one prompt."""
+    class Split(list):
+        name = 'val'
+
+    chats = [('Hi', 'Hello'), ('Hi', 'Hey'), ('And you?', 'Fine'), ('Hi', 'Ho'), ('Bye', 'Bye')]
+    split = Split(encode([Turn('user', a), Turn('assistant', b)], small)[:2] for a, b in chats)
+    asked = [question.turns[0].text for question in quiz.from_split(split, small, 'xml', 2)]
+    assert asked == ['Hi', 'And you?']
+    assert len(quiz.from_split(split, small, 'xml', 20)) == 3
+
+
+def test_what_is_wrong_comes_first():
+    bad = {'model': 'a', 'form': {'repeated 4-grams': 0.6, 'stops by itself': 0.1},
+           'figures': {'loss on responses': '2.0'}}
+    good = {'model': 'b', 'form': {'repeated 4-grams': 0.0, 'stops by itself': 1.0},
+            'figures': {'loss on responses': '1.0'}}
+    lines = evaluate.remarks([bad, good])
+    assert 'repetition_penalty' in lines[0] and '10%' in lines[1]
+    assert lines[2] == 'from a to b: loss on responses 2.0 -> 1.0' and len(lines) == 3
