@@ -36,7 +36,7 @@ def read_config(folder):
         with open(path, encoding='utf-8') as file:
             config = json.load(file)
         expected = REQUIRED | {'activation_function': tuple(GELUS),
-                               'n_inner': (None, 4 * config['n_embd'])}
+                               'n_inner': (None, 4 * config.get('n_embd', 768))}
         for key, value in expected.items():
             allowed = value if isinstance(value, tuple) else (value,)
             if config.get(key, allowed[0]) not in allowed:
