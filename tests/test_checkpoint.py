@@ -1,156 +1,253 @@
-"""Checkpoints and model files: whole or not at all, and nothing in them is ever run."""
+"""Checkpoints and model folders: safe to open, and refused in one line if they are damaged."""
+import dataclasses
 import io
+import json
 import os
+import pathlib
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
-from core import checkpoint
-from core import tokenfile
-from core import tokenizer
 from configurator import UserError
-from model import GPT, GPTConfig
+from conftest import Payload
+from core import checkpoint, tokenfile, tokenizer
+from core.pretrained import read_config
 from core.tokenizer import Tokenizer
+from model import GPT, GPTConfig
 
 TOKENS = [bytes([b]) for b in range(256)] + [b'ab', b'abc']
+BPE = Tokenizer('tiny', TOKENS, tags=True)
 
 
-def contents():
+def make():
+    """A Checkpoint of a tiny model."""
     torch.manual_seed(0)
-    bpe = Tokenizer('tiny', TOKENS, tags=True)
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=bpe.vocab_size))
-    return checkpoint.pack(model, bpe, 'xml', {'seed': 1}, 7, 1.25, data=['x'])
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=BPE.vocab_size)
+    model = GPT(shape)
+    return checkpoint.Checkpoint(
+        model=model.state_dict(), model_args=dataclasses.asdict(shape), template='xml',
+        tokenizer=BPE.state(), config={'seed': 1}, step=7, val_loss=1.25, data=['x'])
 
 
-def test_a_checkpoint_reads_back(tmp_path):
-    saved = contents()
-    checkpoint.save(saved, str(tmp_path / 'ckpt.pt'))
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a ckpt.pt."""
+    path = tmp_path / 'ckpt.pt'
+    checkpoint.save(make(), path)
+    return path
+
+
+# ---- checkpoints ----
+
+def test_a_checkpoint_reads_back(tmp_path, saved):
     opened = checkpoint.open_model('resume', str(tmp_path))
-    assert opened.template == 'xml' and opened.tokenizer.tokens == TOKENS and opened.contents['step'] == 7
-    assert 'step 7' in opened.description and '1.2500' in opened.description
-    for name, p in opened.model.state_dict().items():
-        assert torch.equal(p, saved['model'][name])
-    assert os.listdir(tmp_path) == ['ckpt.pt']
+    assert opened.template == 'xml' and opened.tokenizer.tokens == TOKENS
+    assert opened.description == f'{saved} (step 7, val_loss 1.2500)'
+    assert opened.checkpoint.data == ['x'] and opened.checkpoint.optimizer is None
+    for name, p in make().model.items():
+        assert torch.equal(p, opened.model.state_dict()[name]), name
 
 
-def test_best_is_taken_where_there_is_one(tmp_path):
-    checkpoint.save(contents(), str(tmp_path / 'ckpt.pt'))
-    assert 'ckpt.pt' in checkpoint.open_model('resume', str(tmp_path), 'best').description
-    checkpoint.save(contents(), str(tmp_path / 'best.pt'))
+def test_best_is_preferred_if_it_is_asked_for(tmp_path, saved):
+    for which in ('best', 'last'):
+        assert 'ckpt.pt' in checkpoint.open_model('resume', str(tmp_path), which).description
+    checkpoint.save(make(), tmp_path / 'best.pt')
     assert 'best.pt' in checkpoint.open_model('resume', str(tmp_path), 'best').description
-    assert 'ckpt.pt' in checkpoint.open_model('resume', str(tmp_path), 'last').description
+    assert 'ckpt.pt' in checkpoint.open_model(str(tmp_path), which='last').description
 
 
-def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    path = str(tmp_path / 'ckpt.pt')
-    checkpoint.save(contents(), path)
-    before = open(path, 'rb').read()
-
-    def full(saved, file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(UserError, match='No space left on device.*still is'):
-        checkpoint.save(contents(), path)
-    assert open(path, 'rb').read() == before and os.listdir(tmp_path) == ['ckpt.pt']
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, proof):
-        self.proof = proof
-
-    def __reduce__(self):
-        return os.mkdir, (self.proof,)
+def test_the_run_saved_last_is_found_in_the_folder_or_below(tmp_path):
+    for age, folder in enumerate(['b', '.', 'c [1]', 'a']):
+        os.makedirs(tmp_path / folder, exist_ok=True)
+        checkpoint.save(make(), tmp_path / folder / 'ckpt.pt')
+        os.utime(tmp_path / folder / 'ckpt.pt', (1000 - age, 1000 - age))
+    for folder in ('b', '.', 'c [1]', 'a'):
+        path = tmp_path / folder / 'ckpt.pt'
+        assert pathlib.Path(checkpoint.find(str(tmp_path))) == path
+        assert pathlib.Path(checkpoint.find(str(path.parent))).name == 'ckpt.pt'
+        path.unlink()
+    with pytest.raises(UserError, match='ckpt.pt not found.*--out_dir=FOLDER'):
+        checkpoint.open_model('resume', str(tmp_path))
 
 
-@pytest.mark.parametrize('write', ['torch', 'pickle'])
-@pytest.mark.parametrize('name', ['ckpt.pt', 'pytorch_model.bin'])
-def test_planted_code_is_refused_and_not_run(tmp_path, write, name):
-    proof, path = str(tmp_path / 'ran'), tmp_path / name
-    planted = {**contents(), 'step': Payload(proof)}
-    if write == 'torch':
-        torch.save(planted, path)
-    else:
-        path.write_bytes(pickle.dumps(planted['step']))
-    (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 1}')
-    with pytest.raises(UserError) as error:
-        checkpoint.open_model('resume' if name == 'ckpt.pt' else str(tmp_path), str(tmp_path))
-    assert 'safely' in str(error.value) and '\n' not in str(error.value)
-    assert not os.path.exists(proof)
+def without(key):
+    """A change that removes the key."""
+    return lambda c: c.pop(key)
 
 
-def test_planted_code_in_other_files_is_refused_and_not_run(tmp_path):
-    """Token files and vocabularies are numbers and JSON: no pickle is ever looked for in them."""
-    proof, bpe = str(tmp_path / 'ran'), Tokenizer('tiny', TOKENS, tags=True)
-    npy = io.BytesIO()
-    np.save(npy, np.array([Payload(proof)]), allow_pickle=True)
-    names = [split + ending for split in ('train',) for ending in tokenfile.DTYPES]
-    for name in (*names, 'meta.json', 'tokenizer.json', 'vocab.json', 'config.json', 'model.safetensors'):
-        for i, planted in enumerate((pickle.dumps(Payload(proof)), pickle.dumps(Payload(proof), protocol=0), npy.getvalue())):
-            folder = tmp_path / f'{name}-{i}'
-            with tokenfile.Writer(str(folder), ('train',)) as writer:
-                writer.add('train', [1, 2, 3, 4], [0, 1, 1, 0], [4])
-                writer.finish({'template': 'xml', 'tokenizer': bpe.state()})
-            (folder / 'merges.txt').write_text('')
-            (folder / 'config.json').write_text('{"model_type": "gpt2"}')
-            (folder / name).write_bytes(planted)
-            with pytest.raises(UserError) as error:
-                if name in (*names, 'meta.json'):
-                    tokenfile.Split([str(folder)], 'train')
-                elif name in ('tokenizer.json', 'vocab.json'):
-                    tokenizer.load(str(folder))
-                else:
-                    checkpoint.open_model(str(folder))
-            assert '\n' not in str(error.value) and not os.path.exists(proof), name
-    with pytest.raises(FileExistsError):  # so it does run where somebody lets it
-        os.mkdir(proof)
-        pickle.loads(pickle.dumps(Payload(proof)))
+def change(*path, to):
+    """A change of the value at the path of keys."""
+    def apply(contents):
+        for key in path[:-1]:
+            contents = contents[key]
+        contents[path[-1]] = to
+    return apply
 
 
 @pytest.mark.parametrize('spoil, said', [
-    (lambda c: c.pop('model'), 'missing model'), (lambda c: c.update(format_version=99), 'is of format 99, newer'),
-    (lambda c: c['tokenizer'].update(sha256='0' * 64), 'hash'), (lambda c: c['model_args'].update(n_embd=8), 'does not fit'),
-    (lambda c: c['model'].pop('transformer.wpe.weight'), 'does not fit'), (lambda c: c.update(tokenizer=3), 'wrong types of tokenizer'),
-    (lambda c: c.update(val_loss=[]), 'wrong types of val_loss'), (lambda c: c.update(step='7'), 'wrong types of step'),  # by the fuzzer
-    (lambda c: c['model_args'].update(n_head=0), 'does not fit'), (lambda c: c['model_args'].update(block_size=True), 'does not fit'),
-    (lambda c: c['tokenizer'].update(tokens=['Ā', 'no such byte: ☃']), 'cannot be used'),
-    (lambda c: c.update(template='ximl'), 'does not fit')])
+    (without('model'), 'model is missing'),
+    (without('format_version'), 'format_version'),
+    (change('format_version', to=99), 'has format 99; this code reads 1'),
+    (change('tokenizer', to=3), 'tokenizer is missing or has the wrong type'),
+    (change('val_loss', to=[]), 'val_loss is missing or has the wrong type'),
+    (change('step', to='7'), 'step is missing or has the wrong type'),
+    (change('template', to='ximl'), 'do not fit together'),
+    (change('tokenizer', 'sha256', to='0' * 64), 'hash'),
+    (change('tokenizer', 'tokens', to=['Ā', 'no byte: ☃']), 'do not fit together'),
+    (change('tokenizer', 'tags', to=False), 'size of the vocabulary'),
+    (change('model_args', 'n_embd', to=8), 'do not fit together'),
+    (change('model_args', 'n_head', to=0), 'do not fit together'),
+    (change('model_args', 'n_layer', to=10 ** 9), 'number of layers'),
+    (change('model_args', 'block_size', to=True), 'block_size=True'),
+    (change('model', 'transformer.wpe.weight', to=torch.zeros(3)), 'do not fit together'),
+    (lambda c: c['model'].pop('transformer.wpe.weight'), 'do not fit together')])
 def test_a_spoilt_checkpoint_is_refused_in_one_line(tmp_path, spoil, said):
-    saved = contents()
-    spoil(saved)
-    torch.save(saved, tmp_path / 'ckpt.pt')
+    contents = vars(make())
+    spoil(contents)
+    torch.save(contents, tmp_path / 'ckpt.pt')
     with pytest.raises(UserError, match=said) as error:
         checkpoint.open_model('resume', str(tmp_path))
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('data', [b'', b'not a checkpoint', b'PK\x03\x04' + b'\0' * 100])
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, data):
-    (tmp_path / 'ckpt.pt').write_bytes(data)
-    with pytest.raises(UserError, match='not a checkpoint') as error:
-        checkpoint.open_model('resume', str(tmp_path))
+def test_what_is_no_checkpoint_is_refused_in_one_line(saved):
+    half = saved.read_bytes()[:5000]
+    for content in (b'', b'not a checkpoint', b'PK\x03\x04' + b'\0' * 100, half):
+        saved.write_bytes(content)
+        with pytest.raises(UserError, match='ckpt.pt cannot be read: .* a checkpoint') as error:
+            checkpoint.load(saved)
+        assert '\n' not in str(error.value)
+
+
+def test_nanogpts_checkpoint_is_refused_with_the_line_that_converts_it(saved):
+    torch.save({'model': {}, 'model_args': {}, 'iter_num': 3}, saved)
+    with pytest.raises(UserError, match='python formats/nanogpt.py --input=.*ckpt.pt --out=FOLDER'):
+        checkpoint.load(saved)
+
+
+# ---- planted code ----
+
+@pytest.mark.parametrize('save', [torch.save, lambda content, path: path.write_bytes(
+    pickle.dumps(content))])
+@pytest.mark.parametrize('name', ['ckpt.pt', 'pytorch_model.bin'])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, save, name):
+    proof = tmp_path / 'ran'
+    save(vars(make()) | {'step': Payload(str(proof))}, tmp_path / name)
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 16}')
+    with pytest.raises(UserError, match=name) as error:
+        checkpoint.open_model(str(tmp_path))
+    assert 'cannot be read' in str(error.value) and '\n' not in str(error.value)
+    assert not proof.exists()
+
+
+def open_split(folder):
+    tokenfile.Split([folder], 'train')
+
+
+@pytest.mark.parametrize('name, read', [
+    ('train.bin', open_split), ('train.mask.bin', open_split), ('train.idx.bin', open_split),
+    ('meta.json', open_split), ('tokenizer.json', tokenizer.load), ('vocab.json', tokenizer.load),
+    ('config.json', checkpoint.open_model), ('model.safetensors', checkpoint.open_model)])
+def test_code_in_files_of_numbers_and_json_is_refused_and_not_run(tmp_path, name, read):
+    proof = str(tmp_path / 'ran')
+    payload = Payload(proof)
+    npy = io.BytesIO()
+    np.save(npy, np.array([payload]), allow_pickle=True)
+    for planted in (pickle.dumps(payload), pickle.dumps(payload, protocol=0), npy.getvalue()):
+        with tokenfile.Writer(str(tmp_path), ('train',)) as writer:
+            writer.add('train', [1, 2, 3, 4], [0, 1, 1, 0], [4])
+            writer.finish({'template': 'xml', 'tokenizer': BPE.state()})
+        (tmp_path / 'merges.txt').write_text('')
+        (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_embd": 16}')
+        (tmp_path / name).write_bytes(planted)
+        with pytest.raises(UserError) as error:
+            read(str(tmp_path))
+        assert '\n' not in str(error.value) and not os.path.exists(proof)
+
+
+def test_the_planted_code_runs_if_somebody_lets_it(tmp_path):
+    pickle.loads(pickle.dumps(Payload(str(tmp_path / 'ran'))))
+    assert (tmp_path / 'ran').exists()
+
+
+# ---- folders in transformers' form ----
+
+@pytest.mark.parametrize('config, said', [
+    (None, 'config.json not found'),
+    ('{', 'config.json cannot be read: JSONDecodeError'),
+    ('[]', 'config.json cannot be read'),
+    ('{"n_inner": 7}', 'n_inner=7'),
+    ('{"model_type": "llama", "hidden_size": 64}', "model_type='llama'; this code computes GPT-2s"),
+    ('{"n_embd": 8, "n_inner": 33}', 'n_inner=33'),
+    ('{"n_embd": 8, "activation_function": "relu"}', "activation_function='relu'"),
+    ('{"n_embd": 8, "scale_attn_by_inverse_layer_idx": true}', 'by_inverse_layer_idx=True'),
+    ('{"n_embd": 8, "layer_norm_epsilon": 1e-6}', 'layer_norm_epsilon=1e-06'),
+    ('{"n_embd": 8}', 'model.safetensors not found')])
+def test_a_folder_that_is_no_gpt2_is_refused_in_one_line(tmp_path, config, said):
+    if config:
+        (tmp_path / 'config.json').write_text(config)
+    with pytest.raises(UserError, match=said) as error:
+        checkpoint.open_model(str(tmp_path))
     assert '\n' not in str(error.value)
 
 
-def test_half_a_checkpoint_is_refused_in_one_line(tmp_path):
-    checkpoint.save(contents(), str(tmp_path / 'ckpt.pt'))
-    data = (tmp_path / 'ckpt.pt').read_bytes()
-    (tmp_path / 'ckpt.pt').write_bytes(data[:len(data) // 2])
-    with pytest.raises(UserError, match='not a checkpoint'):
-        checkpoint.load(str(tmp_path / 'ckpt.pt'))
+@pytest.fixture(scope='module')
+def padded(vocabulary, tmp_path_factory):
+    """A folder whose tokenizer has a [PAD], and whose model has rows that no token stands for."""
+    transformers = pytest.importorskip('transformers')
+    folder = tmp_path_factory.mktemp('padded')
+    with open(vocabulary, encoding='utf-8') as file:
+        content = json.load(file)
+    n = len(content['model']['vocab'])
+    content['added_tokens'] = [{'id': n, 'content': '<|endoftext|>'},
+                               {'id': n + 1, 'content': '[PAD]'}]
+    (folder / 'tokenizer.json').write_text(json.dumps(content))
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=n + 30, n_inner=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(folder)
+    return folder, model, n
 
 
-@pytest.mark.parametrize('files, said', [
-    ({}, 'config.json'), ({'config.json': '{'}, 'config.json'), ({'config.json': '[]'}, 'not a model folder'),
-    ({'config.json': '{"model_type": "llama"}', 'model.safetensors': ''}, 'damaged'),
-    ({'config.json': '{"model_type": "gpt2"}'}, 'neither model.safetensors nor')])
-def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path, files, said):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
+@torch.no_grad()
+def test_added_tokens_are_kept_and_rows_without_a_token_are_dropped(padded):
+    folder, model, n = padded
+    opened = checkpoint.open_model(str(folder))
+    assert opened.tokenizer.special == {'<|endoftext|>': n, '[PAD]': n + 1}
+    assert opened.model.config.vocab_size == opened.tokenizer.vocab_size == n + 2
+    assert opened.template is None and opened.checkpoint is None
+    idx = torch.tensor([opened.tokenizer.encode_with_tags('Hi[PAD]').tolist()])
+    assert idx[0, -1] == n + 1
+    assert torch.allclose(opened.model.eval()(idx), model(idx).logits[..., :n + 2], atol=1e-5)
+
+
+def test_the_tags_follow_added_tokens(padded):
+    folder, _, n = padded
+    opened = checkpoint.open_model(str(folder), tags=True)
+    assert opened.tokenizer.special['<conversation>'] == n + 2
+    assert opened.model.config.vocab_size == opened.tokenizer.vocab_size == n + 8
+
+
+REMOVE = 'remove'
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'n_head': 5}, 'cannot be read: AssertionError'),
+    ({'n_embd': 32, 'n_inner': None}, r'wte.weight is \(384, 16\), expected \(384, 32\)'),
+    ({'n_embd': REMOVE, 'n_inner': 4 * 768}, "cannot be read: KeyError 'n_embd'"),
+    ({'n_layer': 10 ** 9}, 'config.json has n_layer=1000000000, the weights have another number'),
+    ({'n_positions': 512}, r'wpe.weight is \(1024, 16\), expected \(512, 16\)'),
+    ({'vocab_size': 10}, 'has 10 tokens, its vocabulary .* has 322'),
+    ({'conversation_template': 'ximl'}, "conversation_template='ximl'; known are xml")])
+def test_a_folder_whose_parts_do_not_fit_is_refused_in_one_line(padded, tmp_path, changes, said):
+    folder, _, _ = padded
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = read_config(folder) | changes
+    config = {key: value for key, value in config.items() if value != REMOVE}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match=said) as error:
         checkpoint.open_model(str(tmp_path))
     assert '\n' not in str(error.value)
