@@ -1,86 +1,157 @@
 """Models by their hub names, from a small server on 127.0.0.1 that speaks the hub's protocol."""
 import hashlib
 import http.server
+import json
 import os
-import subprocess
-import sys
 import threading
+import time
 
 import pytest
+import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from configurator import UserError
+from core import checkpoint
+
+hub = pytest.importorskip('huggingface_hub')
+transformers = pytest.importorskip('transformers')
+
+SHA = 'c' * 40  # of the commit that the server has
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.folder/NAME/FILE as the hub does, and notes what was asked for."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.strip('/').replace(f'resolve/{SHA}/', '').replace('resolve/main/', '')
+        self.server.asked.append(path)
+        path = self.server.folder / path
+        if not path.is_file():
+            self.send_response(404)
+            self.send_header('X-Error-Code', 'EntryNotFound')
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+            return
+        data = path.read_bytes()
+        announced = b'something else' if path.name in self.server.lies else data
+        self.send_response(200)
+        self.send_header('ETag', f'"{hashlib.sha256(announced).hexdigest()}"')
+        self.send_header('X-Repo-Commit', SHA)
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
+        if self.command == 'GET':
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """Serves tmp_path/hub/NAME/FILE as the hub does; returns (its address, the folder, the paths asked for)."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.do_GET()
-
-        def do_GET(self):
-            asked.append((self.command, self.path))
-            path = tmp_path / 'hub' / self.path.lstrip('/').replace('resolve/main/', '').replace(f'resolve/{"c" * 40}/', '')
-            if not path.is_file():
-                self.send_response(404)
-                self.send_header('X-Error-Code', 'EntryNotFound')
-                self.send_header('Content-Length', '0')
-                self.end_headers()
-                return
-            data = path.read_bytes()
-            digest = hashlib.sha256(data if not (path.parent / 'lie').exists() or path.suffix == '.json' else b'lie').hexdigest()
-            self.send_response(200)
-            self.send_header('ETag', f'"{digest}"')
-            self.send_header('X-Repo-Commit', 'c' * 40)
-            self.send_header('Content-Length', str(len(data)))
-            self.end_headers()
-            if self.command == 'GET':
-                self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
+def server(tmp_path, monkeypatch):
+    """The server: .folder to put models in, .asked the files asked for, .lies to be damaged."""
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.folder = tmp_path / 'hub'
+    server.asked = []
+    server.lies = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}', tmp_path / 'hub', asked
+    server.address = address = f'http://127.0.0.1:{server.server_port}'
+    template = address + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(hub.constants, 'ENDPOINT', address)
+    monkeypatch.setattr(hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(hub.constants, 'HF_HUB_DISABLE_TELEMETRY', True)
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    yield server
     server.shutdown()
+    server.server_close()
 
 
-def sample(address, tmp_path, name):
-    env = {**os.environ, 'HF_ENDPOINT': address, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_DISABLE_XET': '1', 'NO_PROXY': '127.0.0.1'}
-    env.pop('HF_HUB_OFFLINE', None)
-    return subprocess.run([sys.executable, os.path.join(ROOT, 'sample.py'), f'--init_from={name}', '--start=Hi', '--device=cpu',
-                           '--max_new_tokens=2'], capture_output=True, text=True, env=env, timeout=120)
+def save_model(folder, vocab_size=50257, **options):
+    """A tiny random GPT-2."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16,
+                                     vocab_size=vocab_size)
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(folder, **options)
+    return model
 
 
-def model_folder(folder, pickled=False):
-    import torch
-    import transformers
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16))
-    model.save_pretrained(folder)
-    if pickled:
+@pytest.mark.parametrize('name', ['distilgpt2', 'microsoft/DialoGPT-small'])
+def test_a_model_is_downloaded_once_and_then_opened_from_the_cache(server, gpt2, name):
+    folder = server.folder / name
+    model = save_model(folder)
+    if '/' in name:  # these have only pickled weights
         torch.save(model.state_dict(), folder / 'pytorch_model.bin')
         (folder / 'model.safetensors').unlink()
+    first = checkpoint.open_model(name)
+    assert server.asked[0] == f'{name}/config.json'
+    server.asked.clear()
+    second = checkpoint.open_model(name)
+    assert server.asked == []
+    for opened in (first, second):
+        wte = opened.model.transformer.wte.weight[:50257]
+        assert torch.equal(wte, model.transformer.wte.weight)
+        assert opened.tokenizer.sha256 == gpt2.sha256 and opened.description == name
 
 
-@pytest.mark.parametrize('name, pickled', [('distilgpt2', False), ('microsoft/DialoGPT-small', True)])
-def test_a_model_is_downloaded_once_and_then_opened_from_the_cache(hub, tmp_path, gpt2, name, pickled):
-    address, folder, asked = hub
-    model_folder(folder / name, pickled)
-    done = sample(address, tmp_path, name)
+def test_sample_asks_for_files_of_the_model_and_nothing_else(server, tmp_path, gpt2, script):
+    save_model(server.folder / 'distilgpt2')
+    env = os.environ | {'HF_ENDPOINT': server.address, 'HF_HOME': str(tmp_path / 'home')}
+    env.pop('HF_HUB_OFFLINE', None)
+    done = script('sample.py', '--init_from=distilgpt2', '--start=Hi', '--device=cpu',
+                  '--max_new_tokens=2', env=env)
     assert done.returncode == 0 and done.stdout.startswith('Hi'), done.stderr
-    n_asked = len(asked)
-    assert n_asked and all('/resolve/' in path for _, path in asked), asked  # and nothing else
-    assert sample(address, tmp_path, name).stdout == done.stdout
-    assert asked[n_asked:] == []
+    assert {path.split('/')[0] for path in server.asked} == {'distilgpt2'}, server.asked
 
 
-def test_a_file_that_is_not_what_the_hub_announced_is_deleted(hub, tmp_path, gpt2):
-    address, folder, _ = hub
-    model_folder(folder / 'gpt2')
-    (folder / 'gpt2' / 'lie').touch()
-    done = sample(address, tmp_path, 'gpt2')
-    assert done.returncode == 2 and 'arrived with sha256' in done.stderr.strip().split('\n')[-1], done.stderr
-    assert 'Traceback' not in done.stderr
+def test_shards_and_a_vocabulary_of_its_own_are_downloaded(server, vocabulary, small):
+    folder = server.folder / 'me' / 'mine'
+    n = small.with_tags(False).vocab_size
+    model = save_model(folder, n, max_shard_size='10KB')
+    assert len(list(folder.glob('*.safetensors'))) > 1
+    with open(vocabulary, 'rb') as file:
+        (folder / 'tokenizer.json').write_bytes(file.read())
+    opened = checkpoint.open_model('me/mine')
+    assert opened.tokenizer.sha256 == small.sha256
+    theirs = model.state_dict()
+    for name, p in opened.model.state_dict().items():
+        if name.endswith('.bias') or '.ln_' in name or 'wpe' in name:  # others change their shape
+            assert torch.equal(p, theirs[name]), name
+
+
+def test_another_architecture_is_refused_before_its_weights_are_asked_for(server):
+    folder = server.folder / 'meta' / 'llama'
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text(json.dumps({'model_type': 'llama', 'hidden_size': 64}))
+    with pytest.raises(UserError, match="model_type='llama'; this code computes GPT-2s"):
+        checkpoint.open_model('meta/llama')
+    assert set(server.asked) == {'meta/llama/config.json'}
+
+
+def test_a_file_that_is_not_what_the_hub_announced_is_deleted(server, gpt2, tmp_path):
+    save_model(server.folder / 'gpt2')
+    server.lies = ['model.safetensors']
+    for _ in range(2):  # it is not left in the cache
+        with pytest.raises(UserError, match='gpt2: model.safetensors arrived with sha256'):
+            checkpoint.open_model('gpt2')
+    server.lies = []
+    checkpoint.open_model('gpt2')
+
+
+def test_a_name_that_the_hub_lacks_is_a_line(server):
+    with pytest.raises(UserError, match='nobody/nothing is not a folder here.*Check the name'):
+        checkpoint.open_model('nobody/nothing')
+
+
+def test_offline_it_ends_within_seconds(server):
+    """The hub's own client would go on trying for a minute."""
+    server.shutdown()
+    server.server_close()
+    started = time.monotonic()
+    with pytest.raises(UserError, match='gpt2 is not a folder here.*the network') as error:
+        checkpoint.open_model('gpt2')
+    assert '\n' not in str(error.value)
+    assert time.monotonic() - started < 8
