@@ -1,0 +1,89 @@
+"""A loss, a gradient or weights that are not finite are never applied and never saved."""
+import math
+import os
+
+import pytest
+import torch
+
+from configurator import UserError
+from conftest import SMALL, assert_same_bits, log_of, run
+from core import checkpoint
+from core.trainer import Trainer
+from model import GPT
+
+pytestmark = pytest.mark.usefixtures('no_pictures')
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """A function: from now on the loss of these micro-batches, counted from 1, is NaN."""
+    loss = GPT.loss
+    n = 0
+
+    def start(numbers):
+        def spoiled(model, batch):
+            nonlocal n
+            found = loss(model, batch)
+            if model.training:
+                n += 1
+            return found * math.nan if model.training and n in numbers else found
+        monkeypatch.setattr(GPT, 'loss', spoiled)
+    return start
+
+
+def test_a_step_with_a_planted_nan_is_skipped_and_named(data, tmp_path, spoil, capfd):
+    spoil({5})  # the first micro-batch of step 3
+    saved = run(data, tmp_path, **SMALL, log_interval=1)
+    assert 'step 3 is skipped: loss nan' in capfd.readouterr().err
+    assert all(p.isfinite().all() for p in saved.model.values()) and saved.step == 12
+    losses = [row['step'] for row in log_of(tmp_path) if row['loss']]
+    assert losses == [str(step) for step in range(1, 13) if step != 3]
+    moments = next(iter(saved.optimizer['state'].values()))
+    assert moments['step'] == 11
+
+
+def test_after_five_in_a_row_the_run_stops_and_the_checkpoint_stays(data, tmp_path, spoil):
+    spoil(set(range(9, 100)))  # from step 5 on
+    with pytest.raises(UserError, match='5 steps in a row.*learning_rate'):
+        run(data, tmp_path, **SMALL)
+    saved = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert saved.step == 6 or saved.step == 3
+    assert all(p.isfinite().all() for p in saved.model.values())
+
+
+def test_a_learning_rate_that_is_far_too_high_saves_nothing(data, tmp_path):
+    with pytest.raises(UserError, match='Nothing was saved'):
+        run(data, tmp_path, **SMALL, learning_rate=1e30, warmup_iters=0)
+    assert not os.path.exists(tmp_path / 'ckpt.pt')
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, whole, tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def spoil(trainer, request):
+        found = evaluate(trainer, request)
+        if trainer.state.step == 6:
+            with torch.no_grad():
+                trainer.model.transformer.wpe.weight[0, 0] = math.inf
+        return found
+    monkeypatch.setattr(Trainer, 'evaluate', spoil)
+    with pytest.raises(UserError, match='weights are no longer finite'):
+        run(data, tmp_path, **SMALL)
+    assert checkpoint.load(tmp_path / 'ckpt.pt').step == 3
+
+
+def test_watching_answers_changes_no_bit(data, whole, tmp_path, capsys):
+    run(data, tmp_path, **SMALL, sample_every=5, sample_prompt='what is red')
+    said = [line for line in capsys.readouterr().out.split('\n') if 'what is red -> ' in line]
+    assert len(said) == 2 and said[0].startswith('step 5/12')
+    one = checkpoint.load(whole / 'ckpt.pt')
+    other = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert_same_bits(one.model, other.model)
+    assert_same_bits(one.optimizer, other.optimizer)
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    os.makedirs(tmp_path / 'loss.png')
+    assert run(data, tmp_path, **SMALL).step == 12
+    assert 'loss.png' in capsys.readouterr().out
