@@ -105,7 +105,8 @@ def evaluate(node):
             return -number
         case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
             values = [evaluate(left), evaluate(right)]
-            if isinstance(op, ast.Add) or str not in map(type, values):
+            texts = [isinstance(value, str) for value in values]
+            if not any(texts) or (all(texts) and isinstance(op, ast.Add)):
                 return OPERATORS[type(op)](*values)
     if ast.unparse(node) == 'str(time.time())':  # one of nanoGPT's config files names its run so
         return ''

@@ -164,6 +164,8 @@ def open_checkpoint(path):
             value = getattr(config, field.name)
             if type(value) is not field.type or (field.type is not str and value < 0):
                 raise ValueError(f'model_args has {field.name}={value!r}')
+        if not config.dropout <= 1:
+            raise ValueError(f'model_args has dropout={config.dropout!r}')
         if config.gelu not in ('tanh', 'none'):
             raise ValueError(f'model_args has gelu={config.gelu!r}')
         # Checked first, because it may claim a billion layers.

@@ -101,6 +101,8 @@ def change(*path, to):
     (change('model_args', 'n_head', to=0), 'do not fit together'),
     (change('model_args', 'n_layer', to=10 ** 9), 'number of layers'),
     (change('model_args', 'block_size', to=True), 'block_size=True'),
+    (change('model_args', 'dropout', to=float('nan')), 'dropout=nan'),
+    (change('model_args', 'dropout', to=1.5), 'dropout=1.5'),
     (change('model', 'transformer.wpe.weight', to=torch.zeros(3)), 'do not fit together'),
     (lambda c: c['model'].pop('transformer.wpe.weight'), 'do not fit together')])
 def test_a_spoilt_checkpoint_is_refused_in_one_line(tmp_path, spoil, said):

@@ -164,7 +164,7 @@ FORM = 'Expected lines of the form key = value.'
     ('\n\nbatch_sise = 4', "unknown key 'batch_sise' in run.py line 3. Did you mean 'batch_size'?"),
     ('batch_size = "4"', f"batch_size in run.py line 1: found '4', {WHOLE}"),
     ('out_dir = 5', 'expected text'), ('out_dir = word', "found 'word', expected a literal"),
-    ('user = f"{out_dir}"', LITERAL), ('user = str(time.time)', LITERAL),
+    ('user = "a" + 1', LITERAL), ('user = f"{out_dir}"', LITERAL), ('user = str(time.time)', LITERAL),
     ('batch_size = = 4', f'run.py line 1: SyntaxError. {FORM}'), ('batch_size = 4\0', FORM),
     ('batch_size = ' + '(' * 10_000, FORM), (b'out_dir = "\xff"', 'UnicodeDecodeError')])
 def test_a_wrong_line_of_a_file_is_named(config_file, text, found):
