@@ -253,7 +253,7 @@ def test_splits_by_position(run, read_back, flags, ends, seed):
 
 @pytest.mark.parametrize('flags, said', [
     ({'source': 'dolly'}, "'dolly', expected one of alpaca, alpaca-cleaned, instruction-data"),
-    ({'template': 'dialogpt'}, 'expected one of alpaca, xml, plain'),
+    ({'template': 'xlm'}, "'xlm', expected one of xml, alpaca"),
     ({'split': '85/10'}, "split='85/10': expected percentages for train/test/val"),
     ({'split': '85/10/6'}, 'expected percent'), ({'split': '90/20/-10'}, 'expected percent'),
     ({'split': '85/10/5', 'train_rows': 5}, 'three ways to split'),

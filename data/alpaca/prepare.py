@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
 from configurator import Count, Fraction, Natural, Range, Seed, UserError
-from core.conversation import Turn
+from core.conversation import TEMPLATES, Turn
 from data import common
 
 GITHUB = 'https://raw.githubusercontent.com'
@@ -66,7 +66,7 @@ class Config:
     input: str = ''             # a local file to read instead: an array or lines, may be gzipped
     out_dir: str = ''           # where the token files go; '' is data/SOURCE
     report: bool = False        # also write report.html there, a page about the data
-    template: Literal['alpaca', 'xml', 'plain'] = 'alpaca'  # how rows are written
+    template: Literal[tuple(TEMPLATES)] = 'alpaca'  # how rows are written
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
     max_tokens: Count = 1024    # longer rows are dropped
     dedup: bool = False         # drop a row if its prompt and output were seen before
