@@ -18,6 +18,7 @@ import configurator
 from configurator import Count
 from contest import SHAPES
 
+DEFAULT = 'ours-float32,ours-bfloat16,ours-int8,ours-int8-compiled,hf-float32,hf-bfloat16'
 PLAYERS = r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?'
 
 
@@ -27,8 +28,7 @@ class Config:
     batch_size: Count = 1   # answers at a time
     prompt: Count = 32      # tokens
     new_tokens: Count = 128  # in each answer
-    players: str = ('ours-float32,ours-bfloat16,ours-int8,ours-int8-compiled,'
-                    'hf-float32,hf-bfloat16')  # also nanogpt-float32, other-ours-float32 and so on
+    players: str = DEFAULT  # also nanogpt-float32, other-ours-float32 and so on
     other: str = ''         # a checkout of this repository, for the players other-ours-…
     rounds: Count = 5       # that each player plays
     device: Literal['cpu', 'cuda'] = 'cpu'  # where to compute
