@@ -56,10 +56,10 @@ VALUES = [None, True, 0, -1, 1, 10 ** 400, 0.5, float('nan'), float('inf'), '', 
 
 @dataclass(frozen=True)
 class Config:
-    target: Literal[TARGETS] = 'config'
-    inputs: Count = 20_000       # how many
-    seed: Seed = 1337            # of the inputs
-    out_dir: str = 'out/fuzz'    # where findings go
+    target: Literal[TARGETS] = 'config'  # what is damaged and read
+    inputs: Count = 20_000     # how many
+    seed: Seed = 1337          # of the inputs
+    out_dir: str = 'out/fuzz'  # where findings go
 
 
 # ---- damage ----
