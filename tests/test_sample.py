@@ -10,6 +10,7 @@ from configurator import UserError
 from core import conversation, tokenizer
 from core.conversation import TEMPLATES, Turn
 from core.tokenizer import END_OF_TEXT, Tokenizer
+from data.oasst import prepare
 
 BYTES = Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)  # an id is a byte
 
@@ -197,27 +198,7 @@ def test_an_untuned_model_has_no_template_until_one_is_chosen(ask, tmp_path):
     assert ask(init_from=tmp_path, start='hi', max_new_tokens=3).startswith('hi')
 
 
-# ---- which run ----
-
-def test_resume_takes_the_run_saved_last_and_says_which(save_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    ask = ['--user=hi', '--max_new_tokens=1', '--device=cpu']
-    with pytest.raises(UserError, match='out/best.pt not found'):
-        sample.main(ask)
-    for name, age in (('a', 20), ('new', 10), ('c', 30)):
-        folder = save_model(tmp_path / 'out' / name, BYTES, n_layer=1)
-        saved = os.path.getmtime(f'{folder}/ckpt.pt') - age
-        os.utime(f'{folder}/ckpt.pt', (saved, saved))
-    sample.main(ask)
-    assert 'out/new/ckpt.pt (step 0, val_loss 1.2500)' in capsys.readouterr().err
-    os.link('out/new/ckpt.pt', 'out/new/best.pt')
-    sample.main(ask)
-    assert 'out/new/best.pt' in capsys.readouterr().err
-    sample.main([*ask, '--which=last'])
-    assert 'out/new/ckpt.pt' in capsys.readouterr().err
-    sample.main([*ask, '--out_dir=out/c'])
-    assert 'out/c/ckpt.pt' in capsys.readouterr().err
-
+# ---- the card's commands ----
 
 def message(name, role, text, *replies):
     return {'message_id': name, 'text': text, 'role': role, 'lang': 'en', 'rank': 0,
@@ -225,8 +206,8 @@ def message(name, role, text, *replies):
 
 
 def test_the_three_commands_one_after_another_end_in_text(
-        tmp_path, monkeypatch, capsys, vocabulary):
-    from data.oasst import prepare
+        tmp_path, monkeypatch, capsys, vocabulary, save_model):
+    """The third takes the run saved last, and says which."""
     monkeypatch.chdir(tmp_path)
     with open('trees.jsonl', 'w') as file:
         for i in range(40):
@@ -236,6 +217,7 @@ def test_the_three_commands_one_after_another_end_in_text(
     prepare.main(['--input=trees.jsonl', '--out_dir=data/oasst', f'--tokenizer={vocabulary}'])
     train.main(['config/finetune_oasst.py', '--init_from=scratch', '--n_layer=1', '--n_head=2',
                 '--n_embd=16', '--block_size=64', '--epochs=0', '--max_iters=2', '--device=cpu'])
+    os.utime(save_model('out/older', BYTES) + '/ckpt.pt', (0, 0))
     capsys.readouterr()
     start = "<conversation><user>What's the capital of France?</user><assistant>"
     sample.main(['--init_from=resume', f'--start={start}', '--max_new_tokens=5', '--device=cpu'])

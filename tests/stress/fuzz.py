@@ -42,11 +42,10 @@ with followed:
     from core.generate import Sampling, generate
     from core.readback import decode
     from core.rows import Rows
-    from data.alpaca import prepare as alpaca
     from data.oasst import prepare as oasst
     from model import GPT, GPTConfig
 
-TARGETS = ('config', 'oasst', 'alpaca', 'vocabulary', 'data', 'checkpoint')
+TARGETS = ('config', 'oasst', 'vocabulary', 'data', 'checkpoint')
 SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
 PIECES = [b'', b'\n', b'"', b'{', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'NaN', b'</user>',
           b'### Response:', b'\\ud800', b'9' * 5000, b'1+' * 3000, b'open("x", "w")']
@@ -183,25 +182,19 @@ def make_oasst():
     write('source', '\n'.join(map(json.dumps, records)))
 
 
-def make_alpaca():
-    write('source', [{'instruction': 'Add.', 'input': '1 and 2', 'output': '3'},
-                     {'instruction': 'Say hi', 'input': '', 'output': 'hi </assistant>'},
-                     {'instruction': 'add. ', 'context': '1  and 2', 'response': 'three'},
-                     {'instruction': '### Response:', 'input': None, 'output': '### Input:'}])
-
-
 def contents(folder):
     """{name: which file it is} of what a reader sees in the folder."""
     paths = glob.glob(f'{folder}/*')
     return {path: (os.stat(path).st_ino, os.stat(path).st_mtime_ns) for path in paths}
 
 
-def read_source(script, options, choices):
+def read_oasst(choices):
     """Whole token files that read back and whose counts add up, or those of before, untouched."""
     before = contents('out')
+    flags = [choices.of(('--turns=first', '--turns=all')), choices.of(('--lang=en', '--lang=all')),
+             choices.of(('--template=xml', '--template=dialogpt'))]
     try:
-        flags = [choices.of(several) for several in options]
-        script.main(['--input=source', '--out_dir=out', '--tokenizer=small.json', *flags])
+        oasst.main(['--input=source', '--out_dir=out', '--tokenizer=small.json', *flags])
     except UserError:
         assert contents('out') == before, 'refused, and yet the files are others'
         raise
@@ -213,16 +206,6 @@ def read_source(script, options, choices):
         for i in range(len(split)):
             assert decode(*split[i], SMALL, meta['template'])
     assert n == meta['kept'] == meta['seen'] - sum(meta['dropped'].values()) > 0
-
-
-def read_oasst(choices):
-    read_source(oasst, [['--turns=first', '--turns=all'], ['--lang=en', '--lang=all'],
-                        ['--template=xml', '--template=dialogpt']], choices)
-
-
-def read_alpaca(choices):
-    read_source(alpaca, [['--template=alpaca', '--template=plain'], ['--dedup', '--max_tokens=40'],
-                         ['--val_fraction=0.5', '--split=60/20/20']], choices)
 
 
 def make_data():
