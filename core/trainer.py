@@ -31,13 +31,13 @@ def learning_rate(config, step):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(config, model):
-    """AdamW with weight decay on matrices only."""
+def make_optimizer(config, model, step):
+    """AdamW with weight decay on matrices only, as it is after this step."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{'params': matrices, 'weight_decay': config.weight_decay},
               {'params': others, 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True,
+    return torch.optim.AdamW(groups, lr=learning_rate(config, max(0, step - 1)), fused=True,
                              betas=(config.beta1, config.beta2))
 
 
@@ -64,7 +64,7 @@ class Trainer:
             self.model.compile()
         self.dtype = pick_dtype(config.dtype, procs.device)
         self.loss = procs.wrap(self.model)
-        self.optimizer = make_optimizer(config, self.model)
+        self.optimizer = make_optimizer(config, self.model, self.state.step)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
         if self.state.optimizer:
             checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
@@ -130,9 +130,9 @@ class Trainer:
         loss_sum, n_asked = procs.sum(sum(loss.item() for loss in losses), request.asked)
         self.stopped = n_asked > 0
         is_finite = math.isfinite(loss_sum) and math.isfinite(self.grad_norm)
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(config, state.step)
         if is_finite or self.scaler.is_enabled():  # the scaler skips such a step itself
-            for group in self.optimizer.param_groups:
-                group['lr'] = learning_rate(config, state.step)
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
