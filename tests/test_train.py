@@ -10,7 +10,17 @@ import torch
 
 import train
 from configurator import UserError
-from conftest import WORDS, assert_near, flags, log_of, resume, run, write_data
+from conftest import (
+    SMALL,
+    WORDS,
+    assert_near,
+    assert_same_bits,
+    flags,
+    log_of,
+    resume,
+    run,
+    write_data,
+)
 from core import checkpoint, rows, tokenfile, tokenizer
 from core.conversation import Turn
 from core.trainer import learning_rate
@@ -46,11 +56,10 @@ def test_a_step_is_the_mean_over_all_its_supervised_tokens(data, tmp_path):
     assert_near(tmp_path / '1', tmp_path / '4')
 
 
-def test_evaluation_moves_no_random_state(data, whole, tmp_path):
-    never = run(data, tmp_path, max_iters=12, lr_decay_iters=12, eval_interval=1000)
+def test_evaluations_move_no_random_state(data, whole, tmp_path):
+    never = run(data, tmp_path, **SMALL | {'eval_interval': 1000})
     often = checkpoint.load(whole / 'ckpt.pt')
-    for name, p in often.model.items():
-        assert torch.equal(p, never.model[name]), name
+    assert_same_bits(never.model, often.model)
 
 
 def test_an_epoch_sees_every_conversation_once(data, tmp_path, monkeypatch):
@@ -132,8 +141,7 @@ def test_a_tuned_model_can_be_tuned_further(data, whole, tmp_path):
     """init_from=FOLDER takes the weights of a run, and nothing else of it."""
     saved = run(data, tmp_path, init_from=whole, max_iters=1, learning_rate=0.0)
     assert saved.step == 1
-    for name, p in checkpoint.load(whole / 'ckpt.pt').model.items():
-        assert torch.equal(p, saved.model[name]), name
+    assert_same_bits(saved.model, checkpoint.load(whole / 'ckpt.pt').model)
 
 
 # ---- mistakes ----
