@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,21 +77,6 @@ def learn(tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def load_script(monkeypatch):
-    """A function that executes a script of the repository anew and returns its module."""
-    def run(path):
-        whole = os.path.join(ROOT, path)
-        monkeypatch.syspath_prepend(os.path.dirname(whole))
-        name = path.removesuffix('.py').replace('/', '_')
-        spec = importlib.util.spec_from_file_location(name, whole)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-    return run
-
-
 @pytest.fixture(scope='session')
 def vocabulary(learn):
     """The path of a small tokenizer.json, learned from a few texts."""
@@ -134,6 +120,43 @@ def data(tmp_path_factory, learn):
     base = tmp_path_factory.mktemp('data')
     write_data(base / 'colours', bpe, splits)
     return str(base)
+
+
+# ---- models ----
+
+VOCAB_SIZE = 211
+
+
+def tiny(**changes):
+    """A small random model, with biases and norms away from 0 and 1, so that each counts."""
+    import torch
+
+    from model import GPT, GPTConfig
+    shape = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 48, 'vocab_size': VOCAB_SIZE}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        model.transformer.wte.weight[model.config.vocab_size:] = 0
+    return model.eval()
+
+
+class Conversations:
+    """A stand-in for tokenfile.Split: random conversations of these lengths."""
+
+    def __init__(self, lengths, vocab_size=VOCAB_SIZE):
+        rng = np.random.default_rng(0)
+        self.lengths = np.array(lengths)
+        self.found = []
+        for n in lengths:
+            ids = rng.integers(0, vocab_size, n).astype(np.uint16)
+            mask = (rng.random(n) < 0.6).astype(np.uint8)
+            mask[-1] = 1
+            self.found.append((ids, mask))
+
+    def __getitem__(self, i):
+        return self.found[i]
 
 
 @pytest.fixture(scope='session')
