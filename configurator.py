@@ -222,7 +222,7 @@ def help_text(keys):
         if name in kinds and text:
             if limits(kinds[name]):
                 text += f' ({limits(kinds[name])})'
-            lines.append(f'  --{name}={getattr(keys, name)!r}'.ljust(39) + text)
+            lines.append(f'  --{name}={getattr(keys, name)!r} '.ljust(39) + text)
         elif line.strip().startswith('#'):
             lines.append(f'\n  {text}')
     return '\n'.join(lines)

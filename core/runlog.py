@@ -118,6 +118,8 @@ def read(out_dir):
 def plot(out_dir):
     """Draw loss.png from log.csv."""
     rows = read(out_dir)
+    if not rows:
+        return
     import matplotlib  # slow to import
     matplotlib.use('Agg')
     from matplotlib import pyplot
