@@ -219,7 +219,7 @@ def help_text(keys):
     for number, line in enumerate(source.split('\n'), 1):
         name = line.strip().partition(':')[0]
         text = comments.get(number, '')
-        if name in kinds and text:
+        if name in kinds:
             if limits(kinds[name]):
                 text += f' ({limits(kinds[name])})'
             lines.append(f'  --{name}={getattr(keys, name)!r} '.ljust(39) + text)
