@@ -106,13 +106,6 @@ def test_a_package_that_is_not_installed_is_a_line(tmp_path, monkeypatch, name):
     assert '\n' not in str(error.value)
 
 
-<<<<<<< HEAD
 def test_the_curve_is_drawn_again_from_log_csv(whole, tmp_path):
-=======
-def test_the_curve_is_drawn_again_from_log_csv(data, whole, tmp_path):
     runlog.plot(tmp_path)
     assert not (tmp_path / 'loss.png').exists()  # there is nothing to draw
->>>>>>> 725849c (Keep a space before the text of a key with a long default; draw nothing without rows)
-    (tmp_path / 'log.csv').write_bytes((whole / 'log.csv').read_bytes())
-    runlog.plot(tmp_path)
-    assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
