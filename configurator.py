@@ -183,8 +183,10 @@ def load(keys, argv, defaults=None, check=True):
         except (ValueError, ArithmeticError, RecursionError, MemoryError) as error:
             mistakes.append(f'{name} {where}: {error}')
 
+    # A key that was saved and is no longer known is ignored.
     for name in kinds.keys() & (defaults or {}).keys():
         assign(name, 'in the saved configuration', defaults.get, name)
+    # Config files and flags in the order they are given: later wins.
     for argument in argv:
         if not argument.startswith('--'):
             for name, node, line in read_config_file(argument):
@@ -198,6 +200,7 @@ def load(keys, argv, defaults=None, check=True):
             mistakes.append(f'--{name} needs a value: --{name}=VALUE')
             continue
         assign(name, 'on the command line', lambda text, kind=kind: parse_flag(text, kind), text)
+    # problems() may only be asked once every single value is right.
     if not mistakes:
         config = keys(**values)
         if check and hasattr(config, 'problems'):
@@ -209,6 +212,7 @@ def load(keys, argv, defaults=None, check=True):
 
 def help_text(keys):
     """The script's docstring, then every key with its default, its comment and its limits."""
+    # The help is in the comments of the source, by line number.
     source = textwrap.dedent(inspect.getsource(keys))
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

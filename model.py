@@ -72,6 +72,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
         self.config = config
+        # Not nn.Embedding(…), which would draw random numbers that init_weights draws again.
         wte = torch.empty(config.padded_vocab_size, config.n_embd)
         wpe = torch.empty(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict({
@@ -122,6 +123,7 @@ class GPT(nn.Module):
     def forward(self, idx):
         """Logits (B, T, vocab_size) of idx (B, T) int64, each row a text of its own."""
         B, T = idx.shape
+        # All rows as one stream, each a document of its own.
         positions = torch.arange(T, device=idx.device).repeat(B)
         attend = DocumentAttention([(B, T)], self.config.n_head)
         x = self.body(idx.reshape(-1), positions, attend)

@@ -69,6 +69,7 @@ def answer(opened, template, ids, config, seed, show=None):
     window = opened.model.config.block_size
     if not 0 < len(ids) <= window:
         raise UserError(f'the prompt has {len(ids):,} tokens; expected 1 to {window:,}.')
+    # Raw text may hold tags, so it ends where an answer in xml would.
     stops = conversation.stop_ids(opened.tokenizer, template or 'xml')
     readers = [AnswerText(opened.tokenizer, template) for _ in range(config.num_samples)]
     texts = [''] * config.num_samples

@@ -101,6 +101,7 @@ def open_model(config, folders):
     """The checkpoint.Opened to train, whose state is where the run begins or goes on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
     template = metas[0]['template']
+    # One data set that needs the tags is enough.
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
     with reading(f'{config.dataset}: its vocabulary', 'Prepare the data again.'):
         tokenizer = tokenizers.from_state(metas[0]['tokenizer'] | {'tags': tags})
@@ -244,6 +245,7 @@ def train(config, procs):
     val_rows = Rows(val_split, config.block_size) if len(val_split) else None
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
+    # A run ends at a row, which may be in the middle of a step.
     last_row = config.max_iters * rows_per_step
     if config.epochs or not config.max_iters:
         epochs_end = math.ceil((config.epochs or 3) * train_rows.n_rows)

@@ -65,6 +65,7 @@ def load(path):
         if contents['format_version'] != FORMAT_VERSION:
             raise UserError(f'{path} has format {contents["format_version"]!r}; this code reads '
                             f'{FORMAT_VERSION}. Use it with the code that wrote it.')
+        # Unknown keys are ignored: an older version of this code may have written them.
         known = {}
         for field in fields(Checkpoint):
             value = contents.get(field.name, field.default)
@@ -171,6 +172,7 @@ def open_checkpoint(path):
         # Checked first, because it may claim a billion layers.
         if sum(name.endswith('.ln_1.weight') for name in saved.model) != config.n_layer:
             raise ValueError('the number of layers')
+        # The meta device allocates nothing: the file's tensors become the weights.
         with torch.device('meta'):
             model = GPT(config)
         model.load_state_dict(saved.model, assign=True)
@@ -224,6 +226,7 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
         path = find(out_dir, names)
     else:
         path = in_folder(init_from, names)
+    # A folder with a checkpoint of ours, or anything in transformers' form.
     if path:
         opened = open_checkpoint(path)
     else:

@@ -71,6 +71,7 @@ class Template:
             for heading in self.headings:
                 if heading in f'\n\n{turn.text}\n\n{turn.context}\n':
                     raise ValueError(f'the message contains the heading {heading.strip()!r}')
+        # Everything from the answer's text on is supervised, its end included.
         pieces = []
         supervised = False
         for part in parts:
@@ -156,6 +157,7 @@ def encode(turns, tokenizer, template='xml', max_tokens=None, cut=False):
     body = [encode_pieces(form.turn(turn), tokenizer) for turn in turns]
     lengths = [sum(len(ids) for ids, _ in turn) for turn in body]
     n = len(form.opening) + sum(lengths) + len(form.closing)
+    # Drop turns from the end until the rest fits and ends with an answer.
     n_kept = len(turns)
     if max_tokens is not None:
         while n > max_tokens and n_kept:
@@ -177,6 +179,7 @@ def encode(turns, tokenizer, template='xml', max_tokens=None, cut=False):
     else:
         pieces += [([tokenizer.special[piece]], False) for piece in form.closing]
     n = sum(len(ids) for ids, _ in pieces)
+    # One array for all pieces, and the mask beside it.
     ids = np.empty(n, np.uint16)
     mask = np.zeros(n, np.uint8)
     at = 0

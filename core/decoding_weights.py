@@ -52,6 +52,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight, bias, compiled=False):
         super().__init__()
         self.compiled = compiled
+        # The largest weight of each row becomes 127.
         weight = weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.weight = (weight / scale).round().to(torch.int8).contiguous()
@@ -83,6 +84,7 @@ def prepare(model, device, dtype='auto', compiled=False):
     dtype: one of DTYPES; auto is bfloat16 on CUDA and float32 elsewhere. On a CPU only the weights
     of linear layers are kept in it: embeddings, norms, attention and sums stay float32.
     """
+    # On a CPU bfloat16 would round the answers for little speed: it has to be asked for.
     if dtype == 'auto' and not device.startswith('cuda'):
         dtype = 'float32'
     if dtype == 'int8' and device != 'cpu':

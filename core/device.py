@@ -10,6 +10,7 @@ from configurator import UserError
 
 def pick_device(name):
     """'auto' -> cuda, mps or cpu, whichever is there first. UserError for one that is not."""
+    # The best one first.
     available = ['cpu']
     if torch.backends.mps.is_available():
         available.insert(0, 'mps')
@@ -17,6 +18,7 @@ def pick_device(name):
         available.insert(0, 'cuda')
     if name == 'auto':
         name = available[0]
+    # cuda:1 is the second GPU.
     kind, _, number = name.partition(':')
     n_devices = torch.cuda.device_count() if kind == 'cuda' else 1
     if kind not in available or number and not (number.isdigit() and int(number) < n_devices):

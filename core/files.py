@@ -44,6 +44,7 @@ def write_whole(path, mode='w'):
             with open(temporary, mode, encoding=encoding, newline='' if encoding else None) as file:
                 yield file
                 flush(file)
+            # Renaming is atomic: a reader sees the old file or the new one.
             os.replace(temporary, path)
             flush_folder(os.path.dirname(os.path.abspath(path)))
         except BaseException:

@@ -32,6 +32,7 @@ class KVCache:
         t = q.shape[2]  # each of them is (B, n_head, t, size)
         keys = self.k[layer, :, :, :self.end]
         values = self.v[layer, :, :, :self.end]
+        # Write the new keys and values, then attend over all that are filled.
         if self.at is None:
             keys[:, :, -t:] = k
             values[:, :, -t:] = v
@@ -124,6 +125,7 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)
     assert 0 < longest <= window and all(prompts), [len(prompt) for prompt in prompts]
+    # Samples of a prompt share the reading of it.
     generator = torch.Generator(model.device).manual_seed(seed)
     cache = KVCache(model, len(prompts), min(window, longest + max_new_tokens - 1))
     logits = cache.read(model, prompts).repeat_interleave(num_samples, dim=0)
@@ -146,6 +148,7 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
         yield found
         if not open_rows or step == max_new_tokens - 1:
             return
+        # Answers that have ended leave the batch.
         if len(open_rows) < len(answers):
             cache.keep(open_rows)
             answers = [answers[row] for row in open_rows]
@@ -158,6 +161,7 @@ def choose(logits, sampling, generator=None, texts=()):
 
     texts: for each row (ids of the prompt, ids of the answer so far), for the penalties.
     """
+    # The fields from the fifth on are the penalties.
     if sampling[4:] != Sampling()[4:]:
         logits = logits.clone()
         for row, (prompt, answer) in zip(logits, texts):
@@ -165,6 +169,7 @@ def choose(logits, sampling, generator=None, texts=()):
     if sampling.temperature < 1e-5:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
+    # Keep the likely tokens only, and remember which ones they are.
     order = None
     if 0 < sampling.top_k < logits.shape[-1]:
         # Drawing among all 50,257 takes ten times as long.

@@ -35,6 +35,7 @@ def read_config(folder):
     with reading(path, "Expected a model folder in transformers' form."):
         with open(path, encoding='utf-8') as file:
             config = json.load(file)
+        # These two depend on other keys or have several good values.
         expected = REQUIRED | {'activation_function': tuple(GELUS),
                                'n_inner': (None, 4 * config.get('n_embd', 768))}
         for key, value in expected.items():
@@ -47,6 +48,7 @@ def read_config(folder):
 
 def read_weights(folder):
     """{name: tensor} of the folder's weights."""
+    # In order of preference.
     paths = [os.path.join(folder, name) for name in WEIGHTS]
     path = next(filter(os.path.exists, paths), paths[0])
     if not path.endswith('.index.json'):
@@ -101,6 +103,7 @@ def from_transformers(config, weights):
         gelu=GELUS[config.get('activation_function', 'gelu_new')])
     with torch.device('meta'):
         model = GPT(shape)
+    # Under our names, with our shapes.
     state = {}
     for name, p in model.state_dict().items():
         tensor = weights.get(name)

@@ -36,6 +36,7 @@ class Processes:
 
     def wrap(self, model):
         """A module that maps a Batch to its loss, and sums the gradients of all processes."""
+        # DDP averages gradients; the hook below makes it a sum.
         module = LossModule(model)
         if self.world > 1:
             module = DistributedDataParallel(module, gradient_as_bucket_view=True)

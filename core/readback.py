@@ -94,6 +94,7 @@ def read_request(request, form):
     forms = list(form.user)
     if form.user_with_context and form.headings:  # without headings the two cannot be told apart
         forms = [*form.user_with_context, *forms]
+    # The form as a regular expression, with a group for each thing in braces.
     for part in forms:
         pattern = re.escape(part).replace(r'\{text\}', '(.*)').replace(r'\{context\}', '(.*)')
         found = re.fullmatch(pattern, request, re.DOTALL)

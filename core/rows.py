@@ -22,6 +22,7 @@ def pack(lengths, capacity, order):
     """
     lengths = np.asarray(lengths)
     order = np.asarray(order)
+    # A stable sort keeps the order of equal ones, which the seed decides.
     longest_first = order[np.argsort(-lengths[order], kind='stable')]
     rows = []
     with_room = [[] for _ in range(capacity + 1)]
@@ -61,14 +62,17 @@ class Batch(NamedTuple):
 
 def make_batch(split, conversations):
     """The Batch of these conversations of the split."""
+    # Equal lengths side by side make one dense attention call each.
     conversations = sorted(conversations, key=lambda i: split.lengths[i])
     lengths = split.lengths[conversations] - 1  # the last token is only predicted
     pairs = [split[i] for i in conversations]
     idx = np.concatenate([ids[:-1] for ids, _ in pairs]).astype(np.int64)
     targets = np.concatenate([ids[1:] for ids, _ in pairs]).astype(np.int64)
+    # A position predicts the token after it, so the mask moves by one.
     mask = np.concatenate([mask[1:] for _, mask in pairs])
     at = np.flatnonzero(mask)
     positions = np.concatenate([np.arange(length) for length in lengths])
+    # The lengths are sorted, so equal ones are neighbours.
     different, counts = np.unique(lengths, return_counts=True)
     runs = list(zip(counts.tolist(), different.tolist()))
     return Batch(idx, positions, runs, at, targets[at])
@@ -85,6 +89,7 @@ class Rows:
         self.split = split
         self.block_size = block_size
         self.seed = seed
+        # The last token of a conversation is only predicted, and takes no position.
         fits = split.lengths - 1 <= block_size
         self.n_too_long = int((~fits).sum())
         self.usable = np.flatnonzero(fits & (split.n_supervised > 0))
@@ -101,6 +106,7 @@ class Rows:
         if self.seed is None:
             return pack(self.split.lengths - 1, self.block_size, self.usable)
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        # Two shuffles: which conversations share a row, and the order of the rows.
         order = rng.permutation(self.usable)
         rows = pack(self.split.lengths - 1, self.block_size, order)
         return [rows[i] for i in rng.permutation(len(rows))]

@@ -30,6 +30,7 @@ class RunLog:
                        disable=silent or None)
         if silent:
             return
+        # The log begins with the rows up to the checkpoint, and goes on from there.
         rows = []
         for row in read(config.out_dir):
             # Of a run that goes on: the rows up to its checkpoint.
@@ -42,6 +43,7 @@ class RunLog:
             writer.writerows(rows)
         with write_whole(os.path.join(config.out_dir, 'config.json')) as file:
             json.dump(asdict(config), file, indent=1)
+        # wandb_log is nanoGPT's way to say --log=wandb.
         names = config.log.split(',') + ['wandb'] * config.wandb_log
         self.trackers = [open_tracker(name, config, state.step) for name in names if name]
 

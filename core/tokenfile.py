@@ -196,6 +196,7 @@ class Split:
         return len(self.lengths)
 
     def __getitem__(self, i):
+        # The folder that conversation i is in, and its number there.
         f = int(np.searchsorted(self.first, i, side='right')) - 1
         ids, mask, starts = self.files[f]
         i -= self.first[f]
@@ -207,6 +208,7 @@ class Split:
 
 def count_supervised(mask, starts):
     """Supervised tokens of each conversation, without its first token. (conversations,) int64"""
+    # Differences of a running sum count the ones of each conversation.
     before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
     return before[starts[1:]] - before[starts[:-1]] - mask[starts[:-1]]
 

@@ -45,6 +45,7 @@ class Tokenizer:
         self.tokens = tokens
         self.tags = tags
         self.added = added or {END_OF_TEXT: len(tokens)}
+        # Text tokens take the ids that no special token has.
         n = len(tokens) + len(self.added)
         taken = set(self.added.values())
         self.text_ids = [i for i in range(n) if i not in taken]
@@ -123,6 +124,7 @@ def load(name, tags=True):
             "GPT-2's vocabulary is not in tiktoken's cache and could not be downloaded "
             f'({type(error).__name__}). Connect once, or set TIKTOKEN_CACHE_DIR to a folder '
             'that has it.') from None
+    # First the 256 bytes, in GPT-2's order, then one token for each merge.
     tokens = [to_bytes(char) for char in BYTE_OF]
     tokens += [to_bytes(merge.replace(' ', '')) for merge in merges]
     return Tokenizer('gpt2', tokens, tags)
@@ -170,6 +172,7 @@ def read_folder(path, tags):
             merged.append(''.join(merge).replace(' ', ''))
         if END_OF_TEXT in vocab:
             added.setdefault(END_OF_TEXT, vocab[END_OF_TEXT])
+        # What is left besides special tokens is text, in the order of the ids.
         text = [token for token in vocab if token not in added]
         text.sort(key=vocab.get)
         tags = tags or TAGS[0] in added

@@ -102,7 +102,9 @@ class Trainer:
         started = time.perf_counter()
         start = state.step * self.rows_per_step
         stop = min(start + self.rows_per_step, self.last_row)
+        # What the loss of the step is divided by, known before any of it is computed.
         n_tokens = self.train_rows.n_supervised(start, stop)  # of all processes
+        # Dropout depends on the step and the process, so a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + procs.rank)
         losses = []
         rows_at_once = procs.world * config.batch_size
@@ -122,6 +124,7 @@ class Trainer:
                     loss = self.loss(batch) * weight
                 self.scaler.scale(loss / n_tokens).backward()
             losses.append(loss.detach())
+        # float16 multiplies the loss by a scale; the norm is of the true gradients.
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
