@@ -20,7 +20,7 @@ from configurator import UserError
 from core.files import reading
 
 END_OF_TEXT = '<|endoftext|>'
-# They follow the vocabulary in this order. With GPT-2's: 50257 to 50262, after <|endoftext|>, 50256.
+# They follow the vocabulary in this order. With GPT-2's they are 50257 to 50262.
 TAGS = ('<conversation>', '</conversation>', '<user>', '</user>', '<assistant>', '</assistant>')
 
 # How GPT-2 splits text before merging: contractions, words, numbers, signs, white space.
