@@ -22,11 +22,11 @@ out_dir = 'out/instruction-data'
 init_from = 'gpt2-medium'
 dataset = 'instruction-data'
 
-# The 935 entries fill 111 rows: one row is a step.
+# The 935 entries fill 111 rows: one row is a step, 222 steps in all.
 batch_size = 1
 gradient_accumulation_steps = 1
 block_size = 512
-max_iters = 2 * 111
+epochs = 2.0
 eval_interval = 37  # three times a pass
 
 learning_rate = 5e-5

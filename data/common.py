@@ -2,11 +2,13 @@
 
 A prepare.py turns the records of a Source into Examples and gives them to `export`.
 """
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,8 +27,10 @@ from core.files import Bar, only_writer, reading
 
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
 PAUSES_S = (0, 1, 2, 4, 8)  # before each attempt to download
+OWN_DATA = 'config/finetune_own.py'  # the recipe for whatever is not a published file
 SILENCE_S = 30  # a connection that sends nothing for so long is broken
 LONGEST_LINE = 16 << 20  # bytes; parsing a hostile line takes 30 times as much memory
+UNUSED = 20  # columns that the table names
 
 
 class Source:
@@ -52,17 +56,19 @@ class Source:
             raise UserError(f'{self.path} is not the published file: its sha256 is {sha256}. '
                             'Delete it and run this again.')
 
-    def records(self, read):
-        """Yield read(record) for each object in the file: a JSON array, or one object a line."""
-        number = 0
-        with reading(self.path, 'Expected JSON lines or one JSON array.'), \
-                open(self.path, 'rb') as file:
+    @contextlib.contextmanager
+    def open(self, expected):
+        """Yield the file, unpacked if it is gzipped. expected: what it should hold, for errors."""
+        with reading(self.path, expected), open(self.path, 'rb') as file:
             if file.peek(2)[:2] == b'\x1f\x8b':
                 file = gzip.GzipFile(fileobj=file)
-            # A line that is too long comes in pieces, which all count as broken.
-            values = filter(bytes.strip, iter(lambda: file.readline(LONGEST_LINE), b''))
-            if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
-                values = json.loads(file.read())
+            yield file
+
+    def records(self, read, split=None, expected='Expected JSON lines or one JSON array.'):
+        """Yield read(record) for each record; split(file) yields them, by default from JSON."""
+        number = 0
+        with self.open(expected) as file:
+            values = (split or split_json)(file)
             for number, value in enumerate(values, 1):
                 try:
                     if isinstance(value, bytes):
@@ -79,6 +85,25 @@ class Source:
         if len(self.broken) > number / 100:
             raise UserError(f'{len(self.broken)} of {number} records of {self.path} are broken, '
                             f'more than 1 %. The first: {self.broken[0]}')
+
+
+def split_json(file):
+    """The objects of a JSON array, or the lines of a file of JSON lines."""
+    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
+        return json.loads(file.read())
+    # A line that is too long comes in pieces, which all count as broken.
+    return filter(bytes.strip, iter(lambda: file.readline(LONGEST_LINE), b''))
+
+
+def count_unused(record, used, counts):
+    """Count the columns of a record that hold something and that nobody reads, by name."""
+    for name, value in record.items():
+        if name in used or value in ('', None, [], {}):
+            continue
+        row = f'  not used: {name[:40]!r}'
+        if row not in counts and sum(key.startswith('  not used') for key in counts) >= UNUSED:
+            row = '  not used: other columns'
+        counts[row] += 1
 
 
 def download(url, folder):
@@ -137,11 +162,14 @@ class Example(NamedTuple):
     drop: str = ''  # why it is left out
     ids: bytes = b''  # uint16
     mask: bytes = b''
-    n_lost: int = 0  # turns cut off its end
+    n_answers: int = 0  # that are learned, one that is cut among them
+    n_cut: int = 0  # 1 if the last of these has no end
+    n_lost: int = 0  # answers that are not learned because they are too long
+    n_tokens_lost: int = 0  # supervised ones, of the answers that are cut or lost
 
 
 def start(*arguments):
-    """Set, once in each process, what `encode` needs: tokenizer, template, max_tokens."""
+    """Set, once in each process, what `encode` needs: tokenizer, template, max_tokens, cut."""
     global encoder
     encoder = arguments
     encoder[0].remember()
@@ -158,7 +186,7 @@ def end_with_parent():
 
 def encode(example):
     """Return the example with its ids, or with the reason why it is dropped."""
-    if example.drop:
+    if example.drop or example.ids:
         return example
     try:
         ids, mask, n_lost = conversation.encode(example.turns, *encoder)
@@ -167,18 +195,45 @@ def encode(example):
     except ValueError as error:
         heading = 'heading' in str(error)
         return example._replace(drop='template heading' if heading else 'cannot be encoded')
+    example = count_answers(example, ids, mask, n_lost)
     if ids is None:
         return example._replace(drop='too long')
-    turns = example.turns[:len(example.turns) - n_lost]
     if parent_process():
-        turns = []  # the main process has no use for them, and sending them takes time
-    return example._replace(turns=turns, ids=ids.tobytes(), mask=mask.tobytes(), n_lost=n_lost)
+        example = example._replace(turns=[])  # sending them takes time, and nobody needs them
+    return example._replace(ids=ids.tobytes(), mask=mask.tobytes())
+
+
+def count_answers(example, ids, mask, n_not_whole):
+    """The example with the turns that are learned, even in part, and its counts of answers."""
+    turns = example.turns
+    n_kept = len(turns) - n_not_whole
+    n_cut = 0
+    n_tokens_lost = 0
+    if n_not_whole:
+        # Users and assistants take turns: a first turn that is not whole is an answer only if
+        # its question is whole, and then a part of it is there.
+        n_cut = int(ids is not None and turns[n_kept].role == 'assistant')
+        tokenizer, template = encoder[:2]
+        whole = conversation.encode(turns, tokenizer, template)[1]
+        n_tokens_lost = int(whole.sum())
+        if ids is not None:
+            n_tokens_lost -= int(mask.sum())
+    kept = turns[:n_kept + n_cut]
+    n_answers = count_supervised(kept)
+    n_lost = count_supervised(turns) - n_answers
+    return example._replace(turns=kept, n_answers=n_answers, n_cut=n_cut, n_lost=n_lost,
+                            n_tokens_lost=n_tokens_lost)
+
+
+def count_supervised(turns):
+    return sum(turn.role == 'assistant' and turn.supervised for turn in turns)
 
 
 def encode_all(examples, config, n_bytes=0):
     """Yield the examples encoded, in order; on all cores if the source has many bytes."""
     tags = conversation.TEMPLATES[config.template].tags
-    start(tokenizer.load(config.tokenizer, tags), config.template, config.max_tokens)
+    vocabulary = tokenizer.load(config.tokenizer, tags)
+    start(vocabulary, config.template, config.max_tokens, config.too_long == 'cut')
     if n_bytes < 1 << 20:  # starting the workers would take longer
         yield from map(encode, examples)
         return
@@ -186,6 +241,15 @@ def encode_all(examples, config, n_bytes=0):
         # Takes all the examples at once, so that this process reads while the others encode.
         results = pool.map(encode, examples, chunksize=500)
         yield from Bar(results, 'encoding', unit=' conversations')
+
+
+def print_text(examples, config):
+    """Print the conversations as text. An answer that is cut is shown whole."""
+    for example in encode_all(examples, config):
+        if example.turns and not example.drop:
+            print(conversation.to_text(example.turns))
+        elif not example.drop:  # a piece of plain text
+            print(encoder[0].decode(np.frombuffer(example.ids, np.uint16)))
 
 
 def export(examples, source, config, folder, splits, recipe, **meta):
@@ -197,6 +261,9 @@ def export(examples, source, config, folder, splits, recipe, **meta):
         if not kept:
             raise UserError(f'{source.path}: no conversation can be used. '
                             f'Dropped: {dict(dropped)}. Seen: {dict(source.counts)}')
+        if all(example.split != 'train' for example in kept):
+            raise UserError(f'{source.path}: none of the {len(kept)} conversations is for train. '
+                            'Put fewer aside, such as --val_fraction=0')
         kept.sort(key=lambda example: example.key)
         for split in splits:
             chosen = [example for example in kept if example.split == split]
@@ -210,7 +277,8 @@ def export(examples, source, config, folder, splits, recipe, **meta):
         meta |= {'source': source.about, 'template': config.template,
                  'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,
                  'seen': len(encoded), 'kept': len(kept), 'dropped': dropped,
-                 'truncated': sum(example.n_lost > 0 for example in kept),
+                 'truncated': sum(example.n_tokens_lost > 0 for example in kept),
+                 'answers': sum_answers(encoded),
                  'languages': dict(sorted(languages.items())),
                  'counts': source.counts, 'broken_lines': len(source.broken)}
         writer.finish(meta)
@@ -220,9 +288,15 @@ def export(examples, source, config, folder, splits, recipe, **meta):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'report.py')
         if subprocess.run([sys.executable, script, f'--folder={folder}']).returncode:
             raise UserError('the token files are complete, but not the page about them')
-    data_dir, name = os.path.split(os.path.relpath(folder))
-    print(f'wrote {folder}. Next: python train.py {recipe} --data_dir={data_dir or "."} '
-          f'--dataset={name}')
+    print(f'wrote {folder}. Next: {next_command(recipe, folder)}')
+
+
+def sum_answers(examples):
+    """The numbers of answers that all the examples have, for meta.json."""
+    return {'learned': sum(example.n_answers for example in examples),
+            'cut': sum(example.n_cut for example in examples),
+            'lost': sum(example.n_lost for example in examples),
+            'tokens_lost': sum(example.n_tokens_lost for example in examples)}
 
 
 def print_table(meta, splits):
@@ -231,10 +305,27 @@ def print_table(meta, splits):
             '  dropped': meta['seen'] - meta['kept']}
     for reason, n in meta['dropped'].items():
         rows[f'    {reason}'] = n
-    rows['cut to max_tokens'] = meta['truncated']
+    answers = meta['answers']
+    if answers['learned']:  # plain text has none
+        n_lost = answers['tokens_lost']
+        n_tokens = n_lost + sum(counts['supervised_tokens'] for counts in splits.values())
+        rows['answers learned'] = answers['learned']
+        rows['  too long, cut'] = answers['cut']
+        rows['answers too long, lost'] = answers['lost']
+        rows[f'answer tokens lost, {n_lost / n_tokens:.1%}'] = n_lost
     for name, n in rows.items():
         print(f'{name:<28}{n:>12,}')
     for name, counts in splits.items():
         share = counts['supervised_tokens'] / max(1, counts['tokens'])
         print(f"{name:<10}{counts['conversations']:>9,} conversations"
               f"{counts['tokens']:>12,} tokens, {share:.1%} supervised")
+
+
+def next_command(recipe, folder):
+    """The command that trains on the folder."""
+    data_dir, name = os.path.split(os.path.relpath(folder))
+    command = ['python', 'train.py', recipe]
+    if data_dir != 'data':
+        command.append(f'--data_dir={data_dir or "."}')
+    command += [f'--dataset={name}', f'--out_dir=out/{name}']
+    return shlex.join(command)

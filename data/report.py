@@ -37,12 +37,18 @@ REASONS = {
     'roles': 'user and assistant do not take turns',
     'top_k': 'the reply is not among the best --top_k',
     'repeated': 'the same conversation came before',
-    'too long': 'no whole answer fits into max_tokens',
+    'too long': 'no answer fits into max_tokens, or not even its beginning',
     'template heading': 'a message contains a heading of the template',
     'cannot be encoded': 'a message is not valid Unicode',
     'half a surrogate pair': 'a message is not valid Unicode',
     'empty output': 'there is nothing to learn',
     'empty instruction': 'there is no question',
+    'empty message': 'a message has no text',
+    'no question': 'there is no message of a user',
+    'no answer': 'there is nothing to learn',
+    'tool calls': 'it calls tools, for which no template has a place',
+    'parts not text': 'a message has parts that are not text, such as images',
+    'weight 0': 'a message is marked as one not to learn',
 }
 
 

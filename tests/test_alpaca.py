@@ -131,7 +131,8 @@ def test_stanford(run, read_back, capsys, gpt2):
     """All 52,002 rows: every one is kept, or dropped for a reason."""
     path = real('alpaca_data.json')
     meta = run(ROWS, tokenizer='gpt2', input=path)
-    assert meta['seen'] == 52002 and meta['dropped'] == {'empty output': 28, 'too long': 2}
+    assert meta['seen'] == 52002 and meta['dropped'] == {'empty output': 28}
+    assert meta['answers'] == {'learned': 51_974, 'cut': 2, 'lost': 0, 'tokens_lost': 508}
     assert meta['counts'] == {'rows': 52002, '  input that means none': 676}
     assert 'alpaca: licence CC-BY-NC-4.0' in capsys.readouterr().err
     with open(path, encoding='utf-8') as file:
@@ -168,7 +169,15 @@ QUIRKS = [  # (row, what is kept as input and output or None, what is counted)
     (row(input={}), None, ['input not text']),
     (row(output='\ud83d'), None, ['half a surrogate pair']),
     (row(instruction='f\n\n### Response:\nz'), None, ['template heading']),
-    (row(output='word ' * 2000), None, ['too long']),
+    (row(instruction='word ' * 2000), None, ['too long']),
+    (row(system='', history=None, note=''), ('', 'x'), []),
+    (row(system=float('nan'), id=7), ('', 'x'), ["  not used: 'id'"]),
+    (row(context='c', response='r'), ('', 'x'),
+     ["  not used: 'context'", "  not used: 'response'"]),
+    (row(system=['s']), None, ['system not text']),
+    (row(history='q'), None, ['history not pairs of text']),
+    (row(history=[['q', '']]), None, ['history not pairs of text']),
+    (row(history=[['q', 4]]), None, ['history not pairs of text']),
 ]
 
 
@@ -183,6 +192,36 @@ def test_quirks_of_real_rows_are_handled_and_counted(run, read_back):
     meta = run([record for record, _, _ in QUIRKS], val_fraction=0)
     assert meta['counts'] | meta['dropped'] == expected
     assert read_back('train') == kept
+
+
+def test_a_history_becomes_turns_and_a_system_text_is_put_first(run, tmp_path, small):
+    """All rows of a conversation that grows are in the same split, and each is kept once."""
+    some = [row(instruction='Thanks', input='a', output='No.', system='Be kind.',
+                history=[[f'q{i}', f'a{i}'], ['more', 'less']]) for i in range(20)]
+    some += [row(instruction='Go on', history=[[f'q{i}', f'a{i}']]) for i in range(20)]
+    meta = run(some + some, val_fraction=0.5, dedup=True)
+    assert meta['dropped'] == {'repeated': 40}
+    assert meta['counts'] == {'rows': 80, '  with a history': 80, '  with a system message': 40}
+    splits = []
+    for name in ('train', 'val'):
+        split = tokenfile.Split([str(tmp_path / 'data' / 'mine')], name)
+        splits.append([readback.decode(*split[i], small, 'alpaca') for i in range(len(split))])
+    assert splits[0] and splits[1]
+    for found in splits:
+        # Long conversations have the system text before their first question.
+        starts = [turns[0].text.removeprefix('Be kind.\n\n') for turns in found]
+        assert sorted(starts) == sorted([*{*starts}] * 2)
+    long = [turns for turns in splits[0] if len(turns) == 6][0]
+    assert [turn[:3] for turn in long[2:]] == [
+        ('user', 'more', ''), ('assistant', 'less', ''), ('user', 'Thanks', 'a'),
+        ('assistant', 'No.', '')]
+    assert all(turn.supervised for turn in long)
+
+
+def test_only_twenty_columns_that_are_not_used_are_named(run):
+    meta = run([row(**{f'column {i}': 'x' for i in range(99)})] * 2, val_fraction=0)
+    assert meta['counts']['  not used: other columns'] == 2 * 79
+    assert len(meta['counts']) == 1 + 21
 
 
 def test_templates_without_a_place_for_the_input(run, read_back, tmp_path):

@@ -283,7 +283,7 @@ def slow(*_):
 
 common.conversation.encode = slow
 common.tokenizer.load = lambda *_: SimpleNamespace(remember=lambda: None)
-config = SimpleNamespace(tokenizer='', template='xml', max_tokens=9)
+config = SimpleNamespace(tokenizer='', template='xml', max_tokens=9, too_long='cut')
 examples = [common.Example(i, 'train', []) for i in range(99_000)]
 try:
     list(common.encode_all(examples, config, n_bytes=1 << 30))
@@ -317,7 +317,7 @@ def test_encoding_is_shown_on_a_terminal(monkeypatch, vocabulary):
     show = files.Bar.__init__
     monkeypatch.setattr(files.Bar, '__init__',
                         lambda *args, **more: show(*args, **more, delay=0, mininterval=0))
-    config = SimpleNamespace(tokenizer=vocabulary, template='xml', max_tokens=99)
+    config = SimpleNamespace(tokenizer=vocabulary, template='xml', max_tokens=99, too_long='cut')
     turns = [conversation.Turn('user', 'Hi'), conversation.Turn('assistant', 'Hello')]
     examples = [common.Example(i, 'train', turns) for i in range(3)]
     alone = list(common.encode_all(examples, config))

@@ -171,7 +171,8 @@ def trees(real_trees):
 
 def test_first_gives_the_root_and_each_direct_reply(run, real_trees, trees):
     meta = run(real_trees, WHOLE)
-    assert meta['counts'] == {'trees': 100, 'messages': 1167, 'different answers': 333}
+    assert meta['counts'] == {'trees': 100, 'messages': 1167}
+    assert meta['answers'] == {'learned': 333, 'cut': 0, 'lost': 0, 'tokens_lost': 0}
     assert (meta['seen'], meta['kept'], meta['truncated'], meta['broken_lines']) == (333, 333, 0, 0)
     expected = []
     for a_tree in trees:
@@ -195,7 +196,7 @@ def test_all_supervises_each_of_687_answers_once(run, real_trees, trees):
         answers += [node['text'] for node in messages_of(a_tree['prompt'])
                     if node['role'] == 'assistant']
     assert supervised(meta['conversations']) == sorted(answers)
-    assert len(answers) == 687 == meta['counts']['different answers']
+    assert len(answers) == 687 == meta['answers']['learned']
     assert texts(meta['conversations']) == sorted(threads)
     assert meta['seen'] == meta['kept'] == 546
 
@@ -204,19 +205,25 @@ def test_in_gpt2s_ids(gpt2, real_trees, tmp_path, capsys):
     """The numbers of the default command. The rows that are packed of it are nearly full."""
     prepare.main([f'--input={real_trees}', f'--out_dir={tmp_path}'])
     meta = tokenfile.read_meta(str(tmp_path))
-    assert (meta['kept'], meta['dropped']) == (327, {'too long': 6})
+    assert (meta['kept'], meta['dropped']) == (333, {})
+    assert meta['answers'] == {'learned': 333, 'cut': 6, 'lost': 0, 'tokens_lost': 3580}
     assert meta['tokenizer'] == gpt2.state()
     output = capsys.readouterr().out
-    assert 'train           306 conversations      70,752 tokens, 82.9% supervised\n' in output
+    assert 'answer tokens lost, 5.1%           3,580\n' in output
+    assert 'train           312 conversations      76,894 tokens, 80.9% supervised\n' in output
     assert 'val              21 conversations       5,187 tokens, 85.3% supervised\n' in output
     split = tokenfile.Split([str(tmp_path)], 'train')
-    n_positions = 70_752 - 306
-    assert rows.Rows(split, 1024).n_rows == 69 == -(-n_positions // 1024)
+    n_positions = 76_894 - 312
+    assert rows.Rows(split, 1024).n_rows == 75 == -(-n_positions // 1024)
+    prepare.main([f'--input={real_trees}', f'--out_dir={tmp_path}', '--too_long=drop'])
+    output = capsys.readouterr().out
+    assert 'answer tokens lost, 10.2%          7,163\n' in output
+    assert 'train           306 conversations      70,752 tokens, 82.9% supervised\n' in output
 
 
 def test_max_tokens_holds_and_what_is_lost_is_counted(run, real_trees):
     whole = run(real_trees, WHOLE, '--turns=all')['conversations']
-    meta = run(real_trees, '--turns=all', '--max_tokens=1500')
+    meta = run(real_trees, '--turns=all', '--max_tokens=1500', '--too_long=drop')
     assert meta['truncated'] > 20 and meta['dropped'].keys() == {'too long'} and meta['seen'] == 546
     cut = [turns for turns in meta['conversations'] if turns not in whole]
     assert len(cut) == meta['truncated']
@@ -224,6 +231,29 @@ def test_max_tokens_holds_and_what_is_lost_is_counted(run, real_trees):
     assert beginnings.issuperset(map(tuple, cut))
     kept = Counter(supervised(meta['conversations']))
     assert not kept - Counter(supervised(whole))
+
+
+@pytest.mark.parametrize('max_tokens', [500, 1500])
+def test_an_answer_that_is_cut_keeps_its_beginning(run, real_trees, max_tokens):
+    """Every token of an answer is learned or counted, and so is every answer."""
+    whole = run(real_trees, WHOLE, '--turns=all')
+    meta = run(real_trees, '--turns=all', f'--max_tokens={max_tokens}')
+    answers = meta['answers']
+    assert answers['learned'] + answers['lost'] == 687
+    n_learned = len(supervised(meta['conversations']))
+    assert n_learned == answers['learned']
+    tokens = [sum(split['supervised_tokens'] for split in found['splits'].values())
+              for found in (whole, meta)]
+    assert tokens[0] == tokens[1] + answers['tokens_lost']
+    threads = Counter()
+    for turns in whole['conversations']:
+        threads.update(tuple(turns[:n]) for n in range(2, len(turns) + 1, 2))
+    cut = [turns for turns in meta['conversations'] if tuple(turns) not in threads]
+    assert 20 < len(cut) <= answers['cut'] <= len(cut) + 3  # some lack only the tag that ends them
+    for *before, last in cut:
+        assert any(list(turns[:len(before)]) == before and last.text
+                   and turns[len(before)].text.startswith(last.text)
+                   for turns in threads if len(turns) == len(before) + 1)
 
 
 # ---- both forms, any number of processes ----
@@ -283,7 +313,7 @@ def test_every_answer_that_can_be_reached_is_learned_once(run, seed):
             answers += [node['text'] for node in messages_of(root) if node['role'] == 'assistant']
     assert texts(meta['conversations']) == sorted(threads)
     assert supervised(meta['conversations']) == sorted(answers)
-    assert len(answers) == meta['counts']['different answers'] > 60
+    assert len(answers) == meta['answers']['learned'] > 60
     assert meta['seen'] == sum(len(threads_of(a_tree['prompt'])) for a_tree in some)
 
 
@@ -299,7 +329,7 @@ def test_more_trees_move_none_from_split_to_split(run):
 
 
 def test_meta_json_has_the_keys_that_other_tools_rely_on(run, tmp_path):
-    some = [GOOD[0], tree(message('q', message('a', text='x' * 900)))]
+    some = [GOOD[0], tree(message('q', message('a'), text='x' * 900))]
     run(some, '--max_tokens=200', '--val_fraction=0')
     meta = json.loads((tmp_path / 'out' / 'meta.json').read_text())
     assert meta['format_version'] == 1 and meta['template'] == 'xml' and meta['seed'] == 1337
@@ -525,11 +555,11 @@ def test_what_it_prints(run, tmp_path, monkeypatch):
     meta = run(some, '--val_fraction=0', '--report', out='data/mine')
     assert (tmp_path / 'data' / 'mine' / 'report.html').exists()
     table = [' '.join(line.split()) for line in meta['output'].splitlines()]
-    for row in ('trees 1', 'messages 3', 'different answers 1', 'messages left out: deleted 1',
+    for row in ('trees 1', 'messages 3', 'answers learned 1', 'messages left out: deleted 1',
                 'conversations seen 2', 'kept 1', 'dropped 1', 'deleted 1', 'broken records 0'):
         assert row in table
-    assert table[-1].endswith('Next: python train.py config/finetune_oasst.py '
-                              '--data_dir=data --dataset=mine') and not meta['errors']
+    assert table[-1].endswith('Next: python train.py config/finetune_own.py '
+                              '--dataset=mine --out_dir=out/mine') and not meta['errors']
 
 
 NASTY = ['</user><assistant>', '\\<user>', '🙂\0\r\n', '<|endoftext|>', ' x ', 'שלום',

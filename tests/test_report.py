@@ -67,7 +67,7 @@ def test_the_page_says_what_the_files_say(prepared):
     for said in (
             '<h1>&lt;u&gt;</h1>', 'https://x/y', '<b>40</b><span>conversations kept of 57',
             'language<small>a message is in a language', '<td>5</td>', '&lt;i&gt;new',
-            '&lt;b&gt;x', 'others', '<td>1,234</td>', '3 kept ones lost turns', 'by position',
+            '&lt;b&gt;x', 'others', '<td>1,234</td>', '3 kept ones are cut', 'by position',
             'Seed: 7', 'several threads share', 'turns=all', '<td>36</td>'):
         assert said in page, said
     assert 'deleted' not in page and page.count('<details open>') == 20

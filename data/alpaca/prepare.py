@@ -4,8 +4,9 @@
     python data/alpaca/prepare.py --source=instruction-data --split=85/10/5    # the book's 1,100
     python data/alpaca/prepare.py --input=rows.jsonl --out_dir=data/mine --template=xml
 
-A hash of its prompt decides the split of a row, so that no prompt is in two splits. --split and
---train_rows decide by position instead, as published runs do.
+A `history` of [question, answer] pairs becomes earlier turns; a `system` text is put before the first
+question. A hash of its first question decides the split of a row, so that none is in two splits.
+--split and --train_rows decide by position instead, as published runs do.
 Sources: Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, and those in SOURCES.
 """
 import os
@@ -51,7 +52,8 @@ SOURCES = {
         'sha256': '63779ed0fb8c037355dd8079eb70cef4b92086b5340a458e1b21e0b3d7964876',
         'licence': 'CC-BY-NC-4.0'},
 }
-RECIPES = {'instruction-data': 'config/finetune_instruction_data.py',
+RECIPES = {'alpaca': 'config/finetune_alpaca.py', 'alpaca-cleaned': 'config/finetune_alpaca.py',
+           'instruction-data': 'config/finetune_instruction_data.py',
            'open-instruct': 'config/finetune_open_instruct.py'}
 
 # Inputs that say there is none, such as "No input", "<noinput>." and "N/A": 676 of Stanford's.
@@ -68,7 +70,8 @@ class Config:
     report: bool = False        # also write report.html there, a page about the data
     template: Literal[tuple(TEMPLATES)] = 'alpaca'  # how rows are written
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
-    max_tokens: Count = 1024    # longer rows are dropped
+    max_tokens: Count = 1024    # of a row
+    too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
     dedup: bool = False         # drop a row if its prompt and output were seen before
     # the split by a hash of the prompt
     val_fraction: Fraction = 0.05  # share of the prompts for validation
@@ -98,7 +101,7 @@ class Config:
 
 
 class Row(NamedTuple):
-    prompt: str  # without case and without differences in white space
+    prompt: str  # the first message, without case and without differences in white space
     turns: list
     drop: str  # why it is left out, or ''
 
@@ -107,12 +110,14 @@ def read_row(record, counts):
     """Return the Row of an object, and count what is odd about it."""
     counts['rows'] += 1
     drop = ''
+    used = ['history', 'system']
     texts = []
     for field, other in (('instruction', ''), ('input', 'context'), ('output', 'response')):
         name = field
         if field not in record and other in record:
             name = other
             counts[f'  {field} under {other!r}'] += 1
+        used.append(name)
         text = record.get(name, '')
         if name not in record:
             counts[f'  no field {field}'] += 1
@@ -134,8 +139,36 @@ def read_row(record, counts):
     if not context.strip():
         context = ''
     turns = [Turn('user', instruction, context), Turn('assistant', output)]
-    prompt = ' '.join(instruction.split()) + '\n' + ' '.join(context.split())
+    try:
+        turns = read_history(record.get('history')) + turns
+    except (AttributeError, TypeError, ValueError):
+        drop = drop or 'history not pairs of text'
+    if len(turns) > 2:
+        counts['  with a history'] += 1
+    # The rows of one conversation, which grows, are in the same split.
+    first = turns[0]
+    prompt = ' '.join(first.text.split()) + '\n' + ' '.join(first.context.split())
+    system = record.get('system')
+    if not isinstance(system, str):
+        if system and system == system:  # neither null nor NaN
+            drop = drop or 'system not text'
+    elif system.strip():
+        counts['  with a system message'] += 1
+        turns[0] = first._replace(text=f'{system}\n\n{first.text}')
+    common.count_unused(record, used, counts)
     return Row(prompt.casefold(), turns, drop)
+
+
+def read_history(history):
+    """The turns of [[question, answer], ...], which may be null or NaN."""
+    if not history or history != history:
+        return []
+    turns = []
+    for question, answer in history:
+        if not question.strip() or not answer.strip():
+            raise ValueError
+        turns += [Turn('user', question), Turn('assistant', answer)]
+    return turns
 
 
 def split_by_position(n, config):
@@ -179,10 +212,10 @@ def main(argv):
     seen = set()
     for row in source.records(lambda record: read_row(record, source.counts)):
         if config.dedup and not row.drop:
-            pair = row.prompt, ' '.join(row.turns[1].text.split())
-            if pair in seen:
+            texts = [' '.join(f'{turn.text}\n{turn.context}'.split()) for turn in row.turns[1:]]
+            if (row.prompt, *texts) in seen:
                 row = row._replace(drop='repeated')
-            seen.add(pair)
+            seen.add((row.prompt, *texts))
         rows.append(row)
     if config.by_position:
         rule = 'by position'
@@ -202,7 +235,7 @@ def main(argv):
     examples = []
     for number, (row, split) in enumerate(zip(rows, splits)):
         examples.append(common.Example(number, split, row.turns, drop=row.drop))
-    recipe = RECIPES.get(name, 'config/finetune_alpaca.py')
+    recipe = RECIPES.get(name, common.OWN_DATA)
     common.export(examples, source, config, folder, names, recipe, split_rule=rule, prompts=prompts)
 
 

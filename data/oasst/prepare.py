@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
 from configurator import Count, Fraction, Natural, Seed
-from core.conversation import Turn, to_text
+from core.conversation import Turn
 from data import common
 
 SOURCES = {
@@ -49,7 +49,8 @@ class Config:
     synthetic: bool = True      # keep messages that a model wrote
     template: Literal['xml', 'dialogpt'] = 'xml'  # how conversations are written
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
-    max_tokens: Count = 1024    # a longer conversation loses whole turns from its end
+    max_tokens: Count = 1024    # a longer conversation loses turns from its end
+    too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
     val_fraction: Fraction = 0.05  # share of the trees for validation
     seed: Seed = 1337           # decides which trees those are
 
@@ -154,7 +155,6 @@ def make_examples(tree, messages, counts, config):
         used = [m for m in messages if not m.above or not m.above.above]
     for turns, drop in find_threads(used):
         yield common.Example(key, split, turns, messages[0].lang, drop)
-    counts['different answers'] += sum(m.learned and m.role == 'assistant' for m in messages)
     counts.update(f'messages left out: {m.drop}' for m in messages if m.drop)
 
 
@@ -197,13 +197,16 @@ def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
     examples = read_examples(source, config)
-    if not config.stdout:
-        common.export(examples, source, config, config.out_dir or HERE, ['train', 'val'],
-                      'config/finetune_oasst.py', split_rule='hash of the tree id')
+    if config.stdout:
+        common.print_text(examples, config)
         return
-    for example in common.encode_all(examples, config):
-        if not example.drop:
-            print(to_text(example.turns))
+    recipe = common.OWN_DATA
+    if source.about['name'] in SOURCES:
+        recipe = 'config/finetune_oasst.py'
+        if config.max_tokens <= 513:
+            recipe = 'config/finetune_oasst_cpu.py'
+    common.export(examples, source, config, config.out_dir, ['train', 'val'], recipe,
+                  split_rule='hash of the tree id')
 
 
 if __name__ == '__main__':
