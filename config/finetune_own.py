@@ -8,9 +8,9 @@ Memory: 124e6 parameters * 16 bytes = 2.0 GB, and what one row keeps for the bac
 
 How to choose, where this does not suit your data:
 - Model: --init_from=distilgpt2 is smaller and faster, gpt2-medium better, with 16 GB on a GPU.
-- Steps: neither max_iters nor epochs is set, so it is three passes. If val_loss rises before the end,
-  take --epochs=1 or 2, or fewer with --patience=2; if it still falls clearly, take more. With fewer
-  than a few hundred conversations, --eval_interval=5 shows more of the curve.
+- Steps: neither max_iters nor epochs is set, so it is three passes. If val_loss rises before the
+  end, take --epochs=1 or 2; if it still falls clearly, take more. With only a few hundred
+  conversations, --eval_interval=5 shows more of the curve.
 - Learning rate: --learning_rate=2e-5 keeps more of what the model knows, 1e-4 learns more.
 - Texts rather than conversations: their style is learned, not how to answer. Continue one with
   sample.py --start="..." instead of --chat.

@@ -270,6 +270,10 @@ def export(examples, source, config, folder, splits, recipe, **meta):
             ids = np.frombuffer(b''.join(example.ids for example in chosen), np.uint16)
             mask = np.frombuffer(b''.join(example.mask for example in chosen), np.uint8)
             writer.add(split, ids, mask, [len(example.mask) for example in chosen])
+        answers = {'learned': sum(example.n_answers for example in encoded),
+                   'cut': sum(example.n_cut for example in encoded),
+                   'lost': sum(example.n_lost for example in encoded),
+                   'tokens_lost': sum(example.n_tokens_lost for example in encoded)}
         options = dataclasses.asdict(config)
         for key in ('source', 'input', 'out_dir', 'report', 'stdout'):
             options.pop(key, None)
@@ -278,7 +282,7 @@ def export(examples, source, config, folder, splits, recipe, **meta):
                  'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,
                  'seen': len(encoded), 'kept': len(kept), 'dropped': dropped,
                  'truncated': sum(example.n_tokens_lost > 0 for example in kept),
-                 'answers': sum_answers(encoded),
+                 'answers': answers,
                  'languages': dict(sorted(languages.items())),
                  'counts': source.counts, 'broken_lines': len(source.broken)}
         writer.finish(meta)
@@ -289,14 +293,6 @@ def export(examples, source, config, folder, splits, recipe, **meta):
         if subprocess.run([sys.executable, script, f'--folder={folder}']).returncode:
             raise UserError('the token files are complete, but not the page about them')
     print(f'wrote {folder}. Next: {next_command(recipe, folder)}')
-
-
-def sum_answers(examples):
-    """The numbers of answers that all the examples have, for meta.json."""
-    return {'learned': sum(example.n_answers for example in examples),
-            'cut': sum(example.n_cut for example in examples),
-            'lost': sum(example.n_lost for example in examples),
-            'tokens_lost': sum(example.n_tokens_lost for example in examples)}
 
 
 def print_table(meta, splits):

@@ -39,7 +39,7 @@ REASONS = {
     'repeated': 'the same conversation came before',
     'too long': 'no answer fits into max_tokens, or not even its beginning',
     'template heading': 'a message contains a heading of the template',
-    'cannot be encoded': 'a message is not valid Unicode',
+    'cannot be encoded': 'it has over 100,000 characters of white space in a row',
     'half a surrogate pair': 'a message is not valid Unicode',
     'empty output': 'there is nothing to learn',
     'empty instruction': 'there is no question',

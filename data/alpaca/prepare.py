@@ -4,9 +4,9 @@
     python data/alpaca/prepare.py --source=instruction-data --split=85/10/5    # the book's 1,100
     python data/alpaca/prepare.py --input=rows.jsonl --out_dir=data/mine --template=xml
 
-A `history` of [question, answer] pairs becomes earlier turns; a `system` text is put before the first
-question. A hash of its first question decides the split of a row, so that none is in two splits.
---split and --train_rows decide by position instead, as published runs do.
+A `history` of [question, answer] pairs becomes earlier turns; a `system` text is put before the
+first question. A hash of its first question decides the split of a row, so that none is in two
+splits. --split and --train_rows decide by position instead, as published runs do.
 Sources: Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, and those in SOURCES.
 """
 import os

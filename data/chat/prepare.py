@@ -11,8 +11,8 @@ What a file holds is told by its content, and printed. Any of them may be gzippe
     question, answer        the same
     input, output           the same
 - what --stdout of a prepare.py printed: <conversation><user>...
-- plain text, named .txt: each document is learned whole, without a template, in pieces of max_tokens.
-  A blank line ends a document, or else what --separator says. The split is that of the piece.
+- plain text, named .txt: each document is learned whole, without a template, in pieces of
+  max_tokens. Blank lines end a document, or else what --separator says.
 
 What does not fit the templates is changed by these rules, and the table counts how often:
 - An assistant speaks first: its greeting is dropped.
@@ -20,8 +20,9 @@ What does not fit the templates is changed by these rules, and the table counts 
 - System and developer messages: they are put before the first user's text. Empty ones are dropped.
 - A user speaks last: the question without an answer is dropped.
 A conversation is left out if it has tool calls, parts that are not text, OpenAI's weight 0, or an
-empty message. A hash of the first message decides its split.
+empty message. A hash of the first message, or of the piece of text, decides the split.
 """
+import contextlib
 import csv
 import dataclasses
 import io
@@ -49,8 +50,8 @@ ROLES = {'human': 'user', 'gpt': 'assistant'}  # ShareGPT's names
 SYSTEM = ('system', 'developer')
 TOOLS = ('tool', 'function', 'function_call', 'observation')
 END = '</conversation><|endoftext|>'
-EXPECTED = ('Expected JSON or CSV with messages, conversations, prompt and completion, question and '
-            'answer, or input and output; what --stdout printed; or text in a file named .txt.')
+EXPECTED = ('Expected JSON or CSV with messages, conversations, prompt and completion, question '
+            'and answer, or input and output; what --stdout printed; or text in a .txt file.')
 
 
 @dataclass(frozen=True)
@@ -78,55 +79,45 @@ def find_form(source, separator):
     """What the file holds: JSON, CSV, XML or text; UserError if it is none of these."""
     with source.open(EXPECTED) as file:
         beginning = file.read(1 << 16).decode('utf-8-sig', errors='ignore').lstrip()
-    form = ''
     if re.match(r'\{\s*["}]|\[\s*[{\]]', beginning):
         form = 'JSON'
     elif beginning.startswith('<conversation>'):
         form = 'XML'
-    elif find_delimiter(beginning):
+    elif open_csv(io.StringIO(beginning)):
         form = 'CSV'
-    elif re.search(r'\.txt(\.gz)?$', source.path.lower()) and beginning:
+    elif beginning and re.search(r'\.txt(\.gz)?$', source.path.lower()):
         form = 'text'
-    if not form:
+    else:
         raise UserError(f'{source.path}: found {beginning[:40]!r}. {EXPECTED}')
     if separator and form != 'text':
         raise UserError(f'{source.path} holds {form}; --separator is only for plain text.')
     return form
 
 
-def find_delimiter(beginning):
-    """The character between the columns of CSV; '' if the first line names no columns of ours."""
-    for delimiter in ',;\t':
-        header = read_header(io.StringIO(beginning), delimiter)[0]
-        if any(all(header.count(name) == 1 for name in form) for form in FORMS):
-            return delimiter
-    return ''
-
-
-def read_header(lines, delimiter):
-    """(the names of the columns, a reader of the lines that follow)"""
+def open_csv(file):
+    """(the columns, a reader of the rows) of a text file; None if it does not name ours."""
     csv.field_size_limit(common.LONGEST_LINE)
-    # strict: a quote that is never closed is an error. Otherwise it would swallow the rest.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        header = next(filter(None, reader), [])  # without blank lines above it
-    except csv.Error:
-        header = []
-    return [name.strip().lower() for name in header], reader
+    for delimiter in ',;\t':
+        file.seek(0)
+        # strict: a quote that is never closed is an error. Otherwise it would swallow the rest.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        with contextlib.suppress(csv.Error):
+            first = next(filter(None, reader), [])  # not a blank line
+            columns = [name.strip().lower() for name in first]
+            if any(all(columns.count(name) == 1 for name in form) for form in FORMS):
+                return columns, reader
+    return None
 
 
 def split_csv(file):
     """Yield a dict for each row, or a remark if it has too few or too many fields."""
-    text = io.TextIOWrapper(file, 'utf-8-sig', newline='')
-    delimiter = find_delimiter(text.read(1 << 16))
-    text.seek(0)
-    header, reader = read_header(text, delimiter)
+    columns, reader = open_csv(io.TextIOWrapper(file, 'utf-8-sig', newline=''))
     try:
         for row in reader:
-            if len(row) == len(header):
-                yield dict(zip(header, row))
+            if len(row) == len(columns):
+                yield dict(zip(columns, row))
             elif row:  # not a blank line
-                yield f'{len(row)} fields, but {len(header)} columns'
+                yield f'{len(row)} fields, but {len(columns)} columns'
     except csv.Error as error:
         raise ValueError(f'line {reader.line_num}: {error}') from None
 
@@ -140,28 +131,29 @@ def split_xml(file):
         yield {'xml': rest.strip()}  # broken off
 
 
-# ---- from a record to messages ----
+# ---- from a record to turns ----
 
 def read_row(record, counts):
     """The messages of a row, each a dict."""
     if 'instruction' in record:
         raise ValueError('it has an instruction. For such rows use data/alpaca/prepare.py')
-    for names in FORMS:
-        if all(name in record for name in names):
-            break
-    else:
+    forms = [names for names in FORMS if all(name in record for name in names)]
+    if not forms:
         raise ValueError(f'found the columns {", ".join(record)[:60]!r}. {EXPECTED}')
+    names = forms[0]
     counts[f"rows of {' and '.join(names)}"] += 1
     common.count_unused(record, names, counts)
+    if len(names) == 1:
+        messages = record[names[0]]
+        if isinstance(messages, str):
+            messages = json.loads(messages)
+        return messages
     messages = []
     for name, role in zip(names, ('user', 'assistant')):
-        value = record[name]
-        if len(names) == 1 and isinstance(value, str):
-            value = json.loads(value)
-        if len(names) == 1 or isinstance(value, list):
-            messages += value
+        if isinstance(record[name], list):
+            messages += record[name]
         else:
-            messages.append({'role': role, 'content': value})
+            messages.append({'role': role, 'content': record[name]})
     return messages
 
 
@@ -196,6 +188,8 @@ def read_message(message):
         content = ''
     if not isinstance(content, str):
         raise TypeError(f'found {str(content)[:40]!r}, expected the text of a message')
+    if not content.strip() and role not in SYSTEM:
+        return role, '', 'empty message'
     return role, content, ''
 
 
@@ -206,19 +200,17 @@ def read_turns(messages, counts):
     n_greetings = 0
     for message in messages:
         role, text, drop = read_message(message)
-        if not drop and not text.strip():
-            if role in SYSTEM:
-                continue
-            drop = 'empty message'
         if drop:
             return [], drop
-        if role == 'assistant' and 'user' not in roles:
+        if role in SYSTEM:
+            if text.strip():
+                kept.append({'role': role, 'content': text})
+        elif role == 'assistant' and not roles:
             n_greetings += 1
-            continue
-        if role not in SYSTEM:
+        else:
             roles.append(role)
-        kept.append({'role': role, 'content': text})
-    if 'user' not in roles:
+            kept.append({'role': role, 'content': text})
+    if not roles:
         return [], 'no question'
     turns = readback.from_messages(kept)
     counts['  greetings dropped'] += n_greetings
@@ -233,30 +225,6 @@ def read_turns(messages, counts):
 
 
 # ---- the examples ----
-
-def read_documents(source, config):
-    """Yield Examples of plain text: all of it is supervised, and each document ends."""
-    vocabulary = tokenizer.load(config.tokenizer, tags=False)
-    with source.open(EXPECTED) as file:
-        text = io.TextIOWrapper(file, 'utf-8-sig').read()
-    if config.separator:
-        documents = text.split(config.separator.replace('\\n', '\n'))
-    else:
-        documents = re.split(r'\n(?:[ \t]*\n)+', text)
-    for number, document in enumerate(documents):
-        if not document.strip():
-            continue
-        source.counts['documents'] += 1
-        ids = [*vocabulary.encode(document.strip('\n')), vocabulary.end_of_text]
-        if config.too_long == 'drop' and len(ids) > config.max_tokens:
-            yield common.Example((number, 0), 'train', [], drop='too long')
-            continue
-        for start in range(0, len(ids), config.max_tokens):
-            piece = np.array(ids[start:start + config.max_tokens], np.uint16)
-            split = common.split_by_hash(piece.tolist(), config.seed, val=config.val_fraction)
-            yield common.Example((number, start), split, [], ids=piece.tobytes(),
-                                 mask=np.ones(len(piece), np.uint8).tobytes())
-
 
 def read_conversations(source, config, form):
     """Yield the Examples of a file of conversations."""
@@ -274,6 +242,38 @@ def read_conversations(source, config, form):
         yield common.Example(number, split, turns, drop=drop)
 
 
+def read_documents(source, config):
+    """Yield the Examples of plain text: all of it is supervised, and each document ends."""
+    vocabulary = tokenizer.load(config.tokenizer, tags=False)
+    with source.open(EXPECTED) as file:
+        text = io.TextIOWrapper(file, 'utf-8-sig').read()
+    if config.separator:
+        documents = text.split(config.separator.replace('\\n', '\n'))
+    else:
+        documents = re.split(r'\n(?:[ \t]*\n)+', text)
+    for number, document in enumerate(documents):
+        if not document.strip():
+            continue
+        source.counts['documents'] += 1
+        drop = ''
+        try:
+            ids = np.append(vocabulary.encode(document.strip('\n')), vocabulary.end_of_text)
+            ids = ids.astype(np.uint16)
+        except ValueError:
+            drop = 'cannot be encoded'
+        if not drop and config.too_long == 'drop' and len(ids) > config.max_tokens:
+            drop = 'too long'
+        if drop:
+            yield common.Example((number, 0), 'train', [], drop=drop)
+            continue
+        # From a last piece of one token nothing can be learned: it would only be read.
+        for start in range(0, len(ids) - 1, config.max_tokens):
+            piece = ids[start:start + config.max_tokens]
+            split = common.split_by_hash(piece.tolist(), config.seed, val=config.val_fraction)
+            yield common.Example((number, start), split, [], ids=piece.tobytes(),
+                                 mask=b'\1' * len(piece))
+
+
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, {}, HERE)
@@ -282,13 +282,15 @@ def main(argv):
     if form == 'text':
         config = dataclasses.replace(config, template='plain')  # the one that needs no tags
         examples = read_documents(source, config)
+        split_rule = 'hash of the piece of text'
     else:
+        split_rule = 'hash of the first message'
         examples = read_conversations(source, config, form)
     if config.stdout:
         common.print_text(examples, config)
         return
     common.export(examples, source, config, config.out_dir, ['train', 'val'], common.OWN_DATA,
-                  split_rule='hash of the first message')
+                  split_rule=split_rule)
 
 
 if __name__ == '__main__':
