@@ -235,13 +235,14 @@ def recent(turns, tokenizer, template, n_tokens):
 
     The last turn always stays.
     """
-    n = len(prompt([], tokenizer, template))
     lengths = []
     for turn in turns:
         pieces = encode_pieces(TEMPLATES[template].turn(turn), tokenizer)
         lengths.append(sum(len(ids) for ids, _ in pieces))
+    n = len(prompt([], tokenizer, template)) + sum(lengths)
     first = 0
-    while n + sum(lengths[first:]) > n_tokens and len(turns) - first > 2:
+    while n > n_tokens and len(turns) - first > 2:
+        n -= lengths[first] + lengths[first + 1]
         first += 2
     return turns[first:]
 

@@ -67,7 +67,7 @@ class Tokenizer:
         ValueError for half a surrogate pair, or white space too long for tiktoken's splitting.
         """
         text.encode('utf-8')  # tiktoken would silently put U+FFFD where this raises
-        if len(text) > 100_000 and re.search(r'\s{100000}', text):
+        if len(text) > 100_000 and re.search(r'(?<!\s)\s{100000}', text):
             raise ValueError('over 100,000 characters of white space in a row')
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
