@@ -1,13 +1,17 @@
 """Continuous batching: whoever else is there, an answer is what it would be alone."""
+import queue
 import threading
-import time
 
 import pytest
 import torch
 
-from web.batching import PIECE, Batch, Full, Request, Worker
-from core.generate import KVCache, generate, prepare
+from core.decoding_weights import prepare
+from core.generate import KVCache, Sampling, generate
 from model import GPT, GPTConfig
+from web import batching, slots
+from web.batching import PIECE, Batch, Request, Worker
+
+GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture(scope='module')
@@ -21,70 +25,86 @@ def tiny():
 
 
 def prompt(n, seed=0):
-    return torch.randint(0, 90, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 90, (n,), generator=generator).tolist()
 
 
-def alone(model, ids, n, seed=0, **how):
-    """The tokens that decoding.generate gives."""
-    return [tokens[0] for tokens in generate(model, [ids], n, seed=seed, **how)]
+def ask(ids, n, **how):
+    """A Request that keeps what is delivered for it."""
+    request = Request(ids, n, None, **{'sampling': GREEDY, **how})
+    request.events = []
+    request.deliver = lambda ids, finish: request.events.append((ids, finish))
+    return request
 
 
-class Asked:
-    """A Request and what was delivered for it."""
-
-    def __init__(self, ids, n, **how):
-        self.events = []
-        self.request = Request(ids, n, lambda token, finish: self.events.append((token, finish)), **how)
-
-    @property
-    def tokens(self):
-        return [token for token, _ in self.events if token is not None]
-
-    @property
-    def finish(self):
-        return self.events[-1][1] if self.events else None
+def tokens(request):
+    return [token for ids, _ in request.events for token in ids]
 
 
-def finish(batch, asked, rounds=1000):
-    """Do rounds until all asked have ended."""
-    with torch.inference_mode():
-        for _ in range(rounds):
-            if all(one.finish or one.request.cancelled for one in asked):
-                return
-            batch.sweep()
-            batch.round()
-    raise AssertionError([one.events[-3:] for one in asked])
+def finish(request):
+    return request.events[-1][1]
+
+
+def alone(model, request):
+    """The tokens that core.generate writes for the request."""
+    found = generate(model, [request.prompt], request.max_new_tokens, request.sampling,
+                     seed=request.seed)
+    return [step[0] for step in found]
+
+
+@torch.inference_mode()
+def run(batch, *requests):
+    """Let the batch answer the requests."""
+    batch.waiting.extend(requests)
+    for _ in range(1000):
+        if all(request.ended for request in requests) and not batch.busy:
+            return
+        batch.round()
+    raise AssertionError([request.events[-3:] for request in requests])
+
+
+@torch.inference_mode()
+def a_round(batch, *requests):
+    batch.waiting.extend(requests)
+    batch.round()
 
 
 def test_answers_written_together_are_those_written_alone(tiny):
+    requests = []
+    for n in (3, 17, 40, 5, 200, 1, 9):
+        sampling = Sampling(0.9 * (n != 17), 20 * (n % 3), 1 - 0.1 * (n % 2), repetition_penalty=n)
+        requests.append(ask(prompt(n, n), 10 + n % 7, sampling=sampling, seed=n))
     batch = Batch(tiny, size=3, remember=0)
-    asked = [Asked(prompt(n, n), 10 + n % 7, temperature=0.0 if n % 2 else 0.9, top_k=20 * (n % 3), top_p=1 - 0.1 * (n % 2), seed=n)
-             for n in (3, 17, 40, 5, 200, 1, 9)]
-    for one in asked:
-        batch.waiting.append(one.request)
-    finish(batch, asked)
-    for one in asked:
-        r = one.request
-        assert one.tokens == alone(tiny, r.prompt, r.max_new_tokens, r.seed, temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
-        assert one.finish == 'length'
-    assert batch.busy == 0 and len(batch.slots.lengths) == 0
+    run(batch, *requests)
+    for request in requests:
+        assert tokens(request) == alone(tiny, request) and finish(request) == 'length'
+    assert batch.slots.lengths == []
 
 
-def test_one_joins_while_another_writes_and_its_prompt_is_read_in_pieces(tiny):
+def test_a_store_that_grows_keeps_what_is_in_it(tiny, monkeypatch):
+    monkeypatch.setattr(slots, 'GROWTH', 32)
+    batch = Batch(tiny, size=20, remember=0)
+    requests = [ask(prompt(1 + i, i), 20) for i in range(20)]
+    run(batch, *requests)
+    longer = ask(prompt(20), 236)  # with fewer rows than the store has, and more positions
+    run(batch, longer)
+    for request in (*requests, longer):
+        assert tokens(request) == alone(tiny, request)
+
+
+def test_a_prompt_is_read_in_pieces_while_another_answer_goes_on(tiny):
     batch = Batch(tiny, remember=0)
-    first, second = Asked(prompt(4), 30, temperature=0.0), Asked(prompt(PIECE + 60, 1), 5, temperature=0.0)
-    with torch.inference_mode():
-        batch.waiting.append(first.request)
-        batch.round()
-        batch.waiting.append(second.request)
-        before = len(first.tokens)
-        batch.round()
-        assert len(first.tokens) == before + 1 and batch.reading and not second.events  # one piece: the first goes on
-        batch.round()
-        assert len(first.tokens) == before + 2 and second.tokens
-    finish(batch, [first, second])
-    assert first.tokens == alone(tiny, first.request.prompt, 30, temperature=0.0)
-    assert second.tokens == alone(tiny, second.request.prompt, 5, temperature=0.0)
+    first = ask(prompt(4), 30)
+    second = ask(prompt(PIECE + 60, 1), 5)
+    a_round(batch, first)
+    n = len(first.events)
+    a_round(batch, second)
+    assert len(first.events) == n + 1 and batch.reading and not second.events
+    a_round(batch)
+    assert len(first.events) == n + 2 and second.events
+    run(batch)
+    for request in (first, second):
+        assert tokens(request) == alone(tiny, request)
 
 
 def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(tiny):
@@ -98,65 +118,44 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(tiny):
 
 
 def test_an_answer_ends_at_a_stop_at_its_length_and_where_the_window_is_full(tiny):
-    ids = prompt(250)
-    found = alone(tiny, ids, 20, temperature=0.0)
-    assert len(found) == 7  # positions 250 to 255, and the token after the last
-    batch = Batch(tiny)
-    full, short, stopped = (Asked(ids, 20, temperature=0.0), Asked(ids, 3, temperature=0.0),
-                            Asked(ids, 20, temperature=0.0, stops={found[4]}))
-    batch.waiting += [full.request, short.request, stopped.request]
-    finish(batch, [full, short, stopped])
-    assert (full.tokens, full.finish) == (found, 'length')
-    assert (short.tokens, short.finish) == (found[:3], 'length')
-    assert (stopped.tokens, stopped.finish) == (found[:found.index(found[4])], 'stop')
+    full = ask(prompt(250), 20)
+    found = alone(tiny, full)
+    assert len(found) == 7  # at positions 250 to 255, and the token after the last
+    short = ask(prompt(250), 3)
+    stopped = ask(prompt(250), 20, stops={found[4]})
+    run(Batch(tiny), full, short, stopped)
+    assert (tokens(full), finish(full)) == (found, 'length')
+    assert (tokens(short), finish(short)) == (found[:3], 'length')
+    assert (tokens(stopped), finish(stopped)) == (found[:found.index(found[4])], 'stop')
 
 
-def test_who_has_gone_leaves_the_place_free(tiny):
+def test_a_place_is_free_when_a_client_has_gone(tiny):
     batch = Batch(tiny, size=1)
-    gone, waits, never = Asked(prompt(3), 200), Asked(prompt(4), 2), Asked(prompt(5), 2)
-    batch.waiting += [gone.request, never.request, waits.request]
-    with torch.inference_mode():
-        batch.round()
-        n = len(gone.events)
-        gone.request.cancelled = never.request.cancelled = True
-        batch.sweep()
-        batch.round()
-    assert len(gone.events) == n and waits.tokens and not never.events
-
-
-def test_one_whose_time_is_up_is_told_wherever_it_is(tiny):
-    batch = Batch(tiny, size=1)
-    past = time.monotonic() - 1
-    waiting, writing = Asked(prompt(3), 9, deadline=past), Asked(prompt(3), 9)
-    batch.waiting.append(writing.request)
-    with torch.inference_mode():
-        batch.round()
-        writing.request.deadline = past
-        batch.waiting.append(waiting.request)
-        batch.sweep()
-        batch.round()
-    assert waiting.events == [(None, 'time')] and writing.events[-1] == (None, 'time') and batch.busy == 0
+    gone, never, last = ask(prompt(3), 200), ask(prompt(5), 2), ask(prompt(4), 200)
+    a_round(batch, gone, never, last)
+    n = len(gone.events)
+    gone.ended = never.ended = True
+    a_round(batch)
+    assert len(gone.events) == n and never.events == [] and last.events
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(tiny):
     batch = Batch(tiny, remember=2)
-    first = Asked(prompt(30), 6, temperature=0.0)
-    batch.waiting.append(first.request)
-    finish(batch, [first])
-    ids = first.request.prompt + first.tokens + prompt(8, 1)
-    second, again, other = Asked(ids, 6, temperature=0.0), Asked(ids, 6, temperature=0.0), Asked(prompt(9, 2), 1)
-    for one in (second, again, other):
-        batch.waiting.append(one.request)
-        finish(batch, [one])
-    # of the first text the last token was chosen and never fed; of the same prompt all but its last are there
-    assert [one.request.n_remembered for one in (first, second, again)] == [0, 35, 43]
-    assert second.tokens == again.tokens == alone(tiny, ids, 6, temperature=0.0)
+    first = ask(prompt(30), 6)
+    run(batch, first)
+    ids = first.prompt + tokens(first) + prompt(8, 1)
+    second, again, other = ask(ids, 6), ask(ids, 6), ask(prompt(9, 2), 1)
+    for request in (second, again, other):
+        run(batch, request)
+    # The last token of an answer is chosen and never read; the last one of a prompt always is.
+    assert [request.n_remembered for request in (first, second, again, other)] == [0, 35, 43, 0]
+    assert tokens(second) == tokens(again) == alone(tiny, second)
     assert len(batch.memory.texts) == 2
-    assert other.request.n_remembered == 0
 
 
 def test_a_thread_that_starts_after_prepare_has_all_of_torchs_threads():
-    before, found = torch.get_num_threads(), []
+    before = torch.get_num_threads()
+    found = []
     torch.set_num_threads(3)
     try:
         prepare(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=90)), 'cpu')
@@ -168,42 +167,53 @@ def test_a_thread_that_starts_after_prepare_has_all_of_torchs_threads():
     assert found == [3]
 
 
-def test_a_store_that_grows_keeps_what_is_in_it(tiny):
-    batch = Batch(tiny, size=20, remember=0)
-    asked = [Asked(prompt(1 + i, i), 100, temperature=0.0) for i in range(20)]
-    batch.waiting += [one.request for one in asked]
-    finish(batch, asked)
-    assert all(one.tokens == alone(tiny, one.request.prompt, 100, temperature=0.0) for one in asked)
-
-
-def test_the_worker_refuses_more_than_may_wait(tiny):
+def test_as_many_wait_as_may_and_one_that_has_gone_does_not(tiny):
     batch = Batch(tiny, size=1, queue=1)
     worker = Worker([batch])
-    one, two = (Request(prompt(3), 2, lambda token, finish: None) for _ in range(2))
-    worker.submit(batch, [one, two])
-    with pytest.raises(Full):
-        worker.submit(batch, [one])
+    first, second = ask(prompt(3), 250), ask(prompt(3), 2)
+    worker.submit(batch, first)
+    worker.submit(batch, second)
+    with pytest.raises(queue.Full):
+        worker.submit(batch, ask(prompt(3), 2))
+    second.ended = True
+    first.deliver = lambda ids, finish: batch.waiting or worker.stop()
+    worker.run()
+    assert not first.ended
 
 
-@pytest.mark.parametrize('at', ['while reading', 'while writing'])
-def test_a_failure_is_told_and_the_next_request_is_answered(tiny, monkeypatch, capsys, at):
-    batch, events, done = Batch(tiny, size=1), [], threading.Event()
+def test_an_answer_that_fails_ends_no_other(tiny, monkeypatch, capsys):
+    real = batching.choose
+
+    def choose(logits, sampling, *arguments):
+        if sampling.temperature == 2 and len(bad.written) == 2 or sampling.temperature == 1:
+            raise RuntimeError('probability tensor contains inf')
+        return real(logits, sampling, *arguments)
+    monkeypatch.setattr(batching, 'choose', choose)
+    good = ask(prompt(3), 9)
+    bad = ask(prompt(4), 9, sampling=Sampling(2))
+    bad_at_once = ask(prompt(5), 9, sampling=Sampling(1))
+    run(Batch(tiny), good, bad, bad_at_once)
+    assert tokens(good) == alone(tiny, good) and finish(good) == 'length'
+    assert len(tokens(bad)) == 2 and finish(bad) == 'error'
+    assert bad_at_once.events == [([], 'error')]
+    assert 'RuntimeError' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('at', ['reading', 'writing'])
+def test_the_server_goes_on_after_a_step_that_fails(tiny, monkeypatch, capsys, at):
+    batch = Batch(tiny, size=1)
     worker = Worker([batch])
-
-    def deliver(token, finish):
-        events.append(finish)
-        if finish:
-            done.set()
+    thread = threading.Thread(target=worker.run, daemon=True)
+    ends = queue.Queue()
+    failing = Request(prompt(3), 5, lambda ids, finish: finish and ends.put(finish), GREEDY)
     with monkeypatch.context() as patch:
-        patch.setattr(*((batch, 'write') if at == 'while reading' else (batch.slots, 'step')), lambda *_: 1 / 0)
-        worker.submit(batch, [Request(prompt(3), 5, deliver)])
-        thread = threading.Thread(target=worker.run, daemon=True)
+        patch.setattr(KVCache if at == 'reading' else batch.slots, 'step', lambda *_: 1 / 0)
+        worker.submit(batch, failing)
         thread.start()
-        assert done.wait(10) and events[-1] == 'error' and events.count('error') == 1
-    done.clear()
-    worker.submit(batch, [Request(prompt(3), 5, deliver, top_p=1e-300)])
-    assert done.wait(10) and events[-1] == 'length'
+        assert ends.get(timeout=10) == 'error'
+    worker.submit(batch, Request(prompt(3), 5, failing.deliver, GREEDY))
+    assert ends.get(timeout=10) == 'length'
     assert 'ZeroDivisionError' in capsys.readouterr().err
     worker.stop()
     thread.join(10)
-    assert not thread.is_alive()
+    assert not thread.is_alive() and ends.empty()

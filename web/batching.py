@@ -1,256 +1,191 @@
-"""Continuous batching: the answers to several people, written together, each joining when it comes.
+"""Continuous batching: the answers to several people are written together.
 
     python serve.py --init_from=out/oasst
 
-A step of decoding reads every weight once, for one answer or for eight. So all that are being
-written are fed their last tokens in one step; a new prompt is read in pieces between the steps, so
-that the others go on, and joins when it is read; whoever is done leaves his place to the next.
+A decoding step reads every weight once, whether it is for one answer or for eight. So the last
+tokens of all answers go through the model together. A new prompt is read in pieces between these
+steps, so that the others need not wait for it. An answer that ends frees its place for the next.
 Sources: Yu et al. 2022 (Orca), iteration-level scheduling; Agrawal et al. 2023,
 https://arxiv.org/abs/2308.16369, prompts read in pieces.
 """
-import sys
 import threading
-import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
+from queue import Full
 
 import torch
 
-from core.generate import KVCache, choose
+from core.generate import KVCache, Sampling, choose
+from web.slots import Memory, Slots
 
-PIECE = 128  # tokens of prompts read between two steps of others
-GROWTH = 256  # positions by which the store of keys and values grows
-
-
-class Full(Exception):
-    """As many requests wait as may."""
+PIECE = 128  # prompt tokens that are read between two steps of the others
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """An answer to write. deliver(token, finish) is called for each token, by another thread.
+    """An answer to write.
 
-    The last call has finish 'stop', 'length', 'time' (the deadline came) or 'error', and token None
-    where there is none. The token that stops an answer is not delivered.
+    The worker's thread calls deliver(ids, finish) for each new token, with its id in a list.
+    finish is None until the last call: then 'stop', 'length' or 'error'. The token that stops an
+    answer is not delivered.
     """
-    prompt: list
+    prompt: list                       # ids
     max_new_tokens: int
     deliver: Callable
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    sampling: Sampling
     seed: int = 0
-    stops: set = frozenset()
-    deadline: float = float('inf')  # on time.monotonic's clock
-    cancelled: bool = False  # set by whoever asked and has gone; nothing is delivered from then on
-    written: list = field(default_factory=list)  # the tokens of the answer so far
-    n_remembered: int = 0  # positions of the prompt that did not have to be read
-    times: list = field(default_factory=list)  # of the first and the last token, on time.monotonic's clock
+    stops: set = frozenset()           # ids that end the answer
+    ended: bool = False                # or the client has gone: deliver is not called any more
+    written: list = field(default_factory=list)  # ids of the answer so far
+    n_remembered: int = 0              # tokens of the prompt that did not have to be read
+    cache: KVCache = None              # while the prompt is being read
+    generator: torch.Generator = None  # what one answer draws does not depend on the others
 
-
-class Slots(KVCache):
-    """A KVCache that texts join and leave: those in it stand first in a store, which grows as needed."""
-
-    def __init__(self, model):
-        super().__init__(model, 0, 0)
-        self.store = self.k, self.v
-
-    def make_room(self, rows, positions):
-        """Have a store of at least so many, and show the first `rows` of it."""
-        n_layer, had_rows, n_head, had_positions, size = self.store[0].shape
-        if rows > had_rows or positions > had_positions:
-            shape = (n_layer, max(rows, min(2 * had_rows, rows + 8)), n_head,
-                     max(had_positions, -(-positions // GROWTH) * GROWTH), size)
-            # zeros: what is masked is multiplied by 0, which must not meet what was in the memory
-            grown = tuple(old.new_zeros(shape) for old in self.store)
-            for old, new in zip(self.store, grown):
-                new[:, :had_rows, :, :had_positions] = old
-            self.store = grown
-        self.k, self.v = (part[:, :rows] for part in self.store)
-
-    def join(self, part):
-        """Take in the one text of another cache, as the last."""
-        row, length = len(self.lengths), part.lengths[0]
-        self.make_room(row + 1, length)
-        self.k[:, row, :, :length], self.v[:, row, :, :length] = part.k[:, 0, :, :length], part.v[:, 0, :, :length]
-        self.lengths.append(length)
-
-    def leave(self, row):
-        """Take the text out; the last one comes into its place."""
-        length = self.lengths[row] = self.lengths[-1]
-        if row < len(self.lengths) - 1:
-            self.k[:, row, :, :length], self.v[:, row, :, :length] = self.k[:, -1, :, :length], self.v[:, -1, :, :length]
-        self.lengths.pop()
-        self.make_room(len(self.lengths), 0)
-
-    def step(self, model, idx):
-        """KVCache.step, with room for one more position."""
-        self.make_room(len(self.lengths), max(self.lengths) + 1)
-        return super().step(model, idx)
-
-
-class Memory:
-    """Keys and values of the texts that ended last: a chat's next prompt begins with one of them."""
-
-    def __init__(self, n):
-        self.texts = deque(maxlen=n)  # (ids, keys, values), each text's own copy
-
-    def keep(self, ids, cache, row):
-        """Remember a text whose ids are in the cache's row, in place of one that it goes on from."""
-        if self.texts.maxlen:
-            for text in [text for text in self.texts if ids[:len(text[0])] == text[0]]:
-                self.texts.remove(text)
-            self.texts.append((ids, *(part[:, row, :, :len(ids)].clone() for part in (cache.k, cache.v))))
-
-    def fill(self, cache, prompt):
-        """Put what is remembered of the prompt's beginning into an empty cache of one text; how many positions."""
-        def common(ids):
-            pairs = enumerate(zip(ids, prompt[:-1]))  # not the last: reading it gives the logits
-            return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(prompt) - 1))
-        n, keys, values = max(((common(ids), keys, values) for ids, keys, values in self.texts),
-                              key=lambda found: found[0], default=(0, None, None))
-        if n:
-            cache.k[:, 0, :, :n], cache.v[:, 0, :, :n] = keys[:, :, :n], values[:, :, :n]
-            cache.lengths = [n]
-        return n
+    def end(self, finish):
+        """Deliver why the answer ends, unless it has ended before."""
+        if not self.ended:
+            self.ended = True
+            self.deliver([], finish)
 
 
 class Batch:
-    """What one model is writing: at most `size` answers at a time, and at most `queue` requests that wait."""
+    """The answers that one model writes, `size` at a time, and up to `queue` that wait."""
 
     def __init__(self, model, size=8, queue=64, remember=4):
-        self.model, self.size, self.queue, self.remember = model, size, queue, remember
-        self.waiting = deque()  # another thread appends to it
+        self.model = model
+        self.size = size
+        self.queue = queue
+        self.remember = remember
+        self.waiting = deque()  # Worker.submit, in another thread, appends to it
         self.reset()
 
     def reset(self):
-        """Begin anew, with nothing being written."""
-        self.reading = None  # [Request, its KVCache], whose prompt is being read
-        self.requests, self.slots, self.memory = [], Slots(self.model), Memory(self.remember)
-        self.generators = []  # a request's own: what it draws does not depend on who else is there
+        """Forget every answer."""
+        self.reading = None  # the request whose prompt is being read
+        self.writing = []    # those whose answers are being written, in the rows of the slots
+        self.slots = Slots(self.model)
+        self.memory = Memory(self.remember)
 
     @property
     def busy(self):
-        """How many have a place."""
-        return len(self.requests) + bool(self.reading)
-
-    def sweep(self):
-        """Drop those that have waited too long, or that nobody waits for."""
-        for request in [request for request in self.waiting if self.is_over(request)]:
-            self.waiting.remove(request)
+        """How many places are taken."""
+        return len(self.writing) + (self.reading is not None)
 
     def round(self):
-        """Read some of the prompts that wait, then write one token of every answer."""
-        for row in reversed(range(len(self.requests))):
-            if self.is_over(self.requests[row]):
+        """Read a piece of the next prompt, then write one token of every answer."""
+        # backwards, because the last answer moves into the row of one that leaves
+        for row in reversed(range(len(self.writing))):
+            if self.writing[row].ended:
                 self.leave(row)
-        budget = PIECE if self.requests else self.model.config.block_size
-        while budget > 0 and len(self.requests) < self.size and (self.reading or self.waiting):
+        budget = PIECE if self.writing else self.model.config.block_size
+        while budget > 0 and len(self.writing) < self.size and (self.reading or self.waiting):
             budget -= self.read(budget)
-        if self.requests:
-            idx = torch.tensor([[request.written[-1]] for request in self.requests], device=self.model.device)
-            logits = self.slots.step(self.model, idx)
-            for row in reversed(range(len(self.requests))):
-                if self.write(self.requests[row], self.generators[row], logits[row], self.slots.lengths[row]):
-                    self.leave(row)
+        if not self.writing:
+            return
+        self.slots.make_room(len(self.writing), max(self.slots.lengths) + 1)
+        last = [[request.written[-1]] for request in self.writing]
+        logits = self.slots.step(self.model, torch.tensor(last, device=self.model.device))
+        for row in reversed(range(len(self.writing))):
+            self.write(self.writing[row], logits[row], self.slots.lengths[row])
+            if self.writing[row].ended:
+                self.leave(row)
 
     def read(self, n):
-        """Read up to n tokens of the prompt whose turn it is; how many."""
-        self.reading = self.reading or [self.waiting.popleft(), None]
-        request, cache = self.reading
-        if self.is_over(request):
+        """Read up to n tokens of a prompt; return how many."""
+        if not self.reading:
+            self.reading = self.waiting.popleft()
+        request = self.reading
+        if request.ended:
             self.reading = None
             return 0
-        if not cache:
-            cache = self.reading[1] = KVCache(self.model, 1, len(request.prompt))
-            request.n_remembered = self.memory.fill(cache, request.prompt)
-        piece = request.prompt[cache.lengths[0]:][:n]
-        logits = cache.step(self.model, torch.tensor([piece], device=self.model.device))
-        if cache.lengths[0] == len(request.prompt):
-            generator = torch.Generator(self.model.device).manual_seed(request.seed)
-            if self.write(request, generator, logits[0], cache.lengths[0]):
-                self.memory.keep(request.prompt, cache, 0)
+        if not request.cache:
+            request.cache = KVCache(self.model, 1, len(request.prompt))
+            request.n_remembered = self.memory.fill(request.cache, request.prompt)
+            request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
+        start = request.cache.lengths[0]
+        piece = request.prompt[start:start + n]
+        logits = request.cache.step(self.model, torch.tensor([piece], device=self.model.device))
+        if start + len(piece) == len(request.prompt):
+            self.write(request, logits[0], len(request.prompt))
+            if request.ended:
+                self.memory.keep(request.prompt, request.cache, 0)
             else:
-                self.slots.join(cache)
-                self.requests.append(request)
-                self.generators.append(generator)
-            self.reading = None  # not before: whatever fails on the way, the request is known
+                self.slots.join(request.cache)
+                self.writing.append(request)
+            self.reading = request.cache = None
         return len(piece)
 
-    def write(self, request, generator, logits, length):
-        """Choose and deliver the next token after `length` positions; whether it was the last."""
-        token = choose(logits[None].float(), request.temperature, request.top_k, request.top_p, generator).item()
-        if request.cancelled:
-            return True
+    def write(self, request, logits, length):
+        """Choose and deliver the token that follows `length` positions."""
+        text = (request.prompt, request.written)
+        try:
+            token = choose(logits[None].float(), request.sampling, request.generator, [text]).item()
+        except RuntimeError:  # no token can be drawn from these logits: the other answers go on
+            traceback.print_exc()
+            request.end('error')
+        if request.ended:
+            return
         if token in request.stops:
-            request.deliver(None, 'stop')
-            return True
+            request.end('stop')
+            return
         request.written.append(token)
-        request.times[1:] = [time.monotonic()]
-        full = len(request.written) == request.max_new_tokens or length == self.model.config.block_size
-        request.deliver(token, 'length' if full else None)
-        return full
+        request.deliver([token], None)
+        if len(request.written) == request.max_new_tokens or length == self.model.config.block_size:
+            request.end('length')
 
     def leave(self, row):
-        """Take an answer out, and remember its text; the last one comes into its row."""
-        request = self.requests[row]
-        ids = request.prompt + request.written
-        self.memory.keep(ids[:self.slots.lengths[row]], self.slots, row)
+        """Free an answer's row and remember its text. The last answer moves into the row."""
+        request = self.writing[row]
+        text = request.prompt + request.written
+        self.memory.keep(text[:self.slots.lengths[row]], self.slots, row)
         self.slots.leave(row)
-        for of_rows in (self.requests, self.generators):
-            of_rows[row] = of_rows[-1]
-            of_rows.pop()
-
-    def is_over(self, request):
-        """Whether the request is to be dropped: nobody waits for it any more, or its time is up."""
-        if not request.cancelled and time.monotonic() > request.deadline:
-            request.deliver(None, 'time')
-            request.cancelled = True
-        return request.cancelled
+        self.writing[row] = self.writing[-1]
+        self.writing.pop()
 
     def fail(self):
-        """End all that is under way: a round of it has failed."""
-        for request in {id(request): request for request in (*self.requests, *(self.reading or [])[:1])}.values():
-            if not request.cancelled:
-                request.deliver(None, 'error')
+        """End every answer that has a place, after a step of all of them has failed."""
+        for request in [*self.writing, self.reading]:
+            if request:
+                request.end('error')
         self.reset()
 
 
 class Worker:
-    """What does the rounds of all batches in turn: two at once would wait for each other's cores."""
+    """Does the rounds of all batches in turn: two models at once would fight for the cores."""
 
     def __init__(self, batches):
-        self.batches, self.news, self.stopped = batches, threading.Condition(), False
+        self.batches = batches
+        self.news = threading.Condition()
+        self.stopped = False
 
-    def submit(self, batch, requests):
-        """Have the requests answered by the batch, all of them or, if they would not fit, none: Full."""
+    def submit(self, batch, request):
+        """Have the batch answer the request; raises Full if too many wait."""
         with self.news:
-            if len(batch.waiting) + len(requests) > batch.queue + max(0, batch.size - batch.busy):
+            if len(batch.waiting) >= batch.queue + max(0, batch.size - batch.busy):
                 raise Full
-            batch.waiting += requests
+            batch.waiting.append(request)
             self.news.notify()
 
     def stop(self):
-        """Have run return."""
+        """Let run return."""
         with self.news:
             self.stopped = True
             self.news.notify()
 
+    @torch.inference_mode()
     def run(self):
-        """Rounds, until stop; where there is nothing to do, wait."""
-        with torch.inference_mode():
-            while not self.stopped:
-                with self.news:
-                    self.news.wait_for(lambda: self.stopped or any(batch.busy or batch.waiting for batch in self.batches))
-                    for batch in self.batches:
-                        batch.sweep()
+        """Do rounds until stop is called."""
+        while not self.stopped:
+            with self.news:
+                self.news.wait_for(lambda: self.stopped or any(
+                    batch.busy or batch.waiting for batch in self.batches))
                 for batch in self.batches:
-                    if not batch.busy and not batch.waiting:
-                        continue
-                    try:
-                        batch.round()
-                    except Exception:  # memory, most likely: those concerned are told, the server goes on
-                        traceback.print_exc(file=sys.stderr)
-                        batch.fail()
+                    batch.waiting = deque(one for one in batch.waiting if not one.ended)
+            for batch in self.batches:
+                try:
+                    batch.round()
+                except Exception:  # out of memory, most likely: the server goes on
+                    traceback.print_exc()
+                    batch.fail()

@@ -1,0 +1,81 @@
+"""Keys and values of the texts that are being written, and of those that may go on."""
+from collections import deque
+
+import torch
+
+from core.generate import KVCache
+
+GROWTH = 256  # positions by which the store grows
+
+
+class Slots(KVCache):
+    """A KVCache that texts join and leave.
+
+    They stand in the first rows of a store (2, n_layer, rows, n_head, positions, size of a head)
+    of keys and values, which has room for more and grows as needed.
+    """
+
+    def __init__(self, model):
+        super().__init__(model, 0, 0)
+        self.store = torch.stack([self.k, self.v])
+
+    def make_room(self, rows, positions):
+        """Use so many rows of the store, which must have at least so many positions."""
+        _, n_layer, had_rows, n_head, had_positions, size = self.store.shape
+        if rows > had_rows or positions > had_positions:
+            more_rows = max(rows, had_rows)
+            more_positions = max(-(-positions // GROWTH) * GROWTH, had_positions)
+            # zeros, because attention multiplies masked positions by 0: they must not hold a NaN
+            grown = self.store.new_zeros(2, n_layer, more_rows, n_head, more_positions, size)
+            grown[:, :, :had_rows, :, :had_positions] = self.store
+            self.store = grown
+        self.k, self.v = self.store[:, :, :rows]
+
+    def join(self, cache):
+        """Append the one text of another cache."""
+        row = len(self.lengths)
+        length = cache.lengths[0]
+        self.make_room(row + 1, length)
+        self.k[:, row, :, :length] = cache.k[:, 0, :, :length]
+        self.v[:, row, :, :length] = cache.v[:, 0, :, :length]
+        self.lengths.append(length)
+
+    def leave(self, row):
+        """Remove a text. The last one moves into its row."""
+        last = len(self.lengths) - 1
+        length = self.lengths[row] = self.lengths[last]
+        if row != last:
+            self.store[:, :, row, :, :length] = self.store[:, :, last, :, :length]
+        self.lengths.pop()
+        self.make_room(last, 0)
+
+
+class Memory:
+    """Keys and values of the last few texts: a chat's next prompt begins with one of them."""
+
+    def __init__(self, n):
+        self.texts = deque(maxlen=n)  # (ids, keys, values)
+
+    def keep(self, ids, cache, row):
+        """Remember a text that stands in a cache's row, and forget the texts that it continues."""
+        for text in list(self.texts):
+            if ids[:len(text[0])] == text[0]:
+                self.texts.remove(text)
+        keys = cache.k[:, row, :, :len(ids)].clone()
+        values = cache.v[:, row, :, :len(ids)].clone()
+        self.texts.append((ids, keys, values))
+
+    def fill(self, cache, prompt):
+        """Copy the longest remembered beginning of the prompt into an empty cache; its length."""
+        longest = 0
+        for ids, keys, values in self.texts:
+            n = 0
+            # the prompt's last token is always read: its logits are those of the first new token
+            while n < min(len(ids), len(prompt) - 1) and ids[n] == prompt[n]:
+                n += 1
+            if n > longest:
+                longest = n
+                cache.k[:, 0, :, :n] = keys[:, :, :n]
+                cache.v[:, 0, :, :n] = values[:, :, :n]
+        cache.lengths = [longest]
+        return longest
