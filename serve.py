@@ -20,6 +20,7 @@ try:
     import uvicorn
 
     from web.app import make_app
+    from web.guard import MAX_WAITING, Connection
 except ImportError as error:
     print(f'serve.py needs Starlette and uvicorn ({error}). '
           'Install them: pip install -r requirements-serve.txt', file=sys.stderr)
@@ -113,15 +114,28 @@ def open_all(config):
     return models
 
 
+class Server(uvicorn.Server):
+    async def startup(self, sockets):
+        """Accept 128 connections at a time (asyncio's backlog), but let more of them wait."""
+        await super().startup(sockets)
+        for listening in sockets:
+            listening.listen(2048)
+
+
 def make_server(config, models, worker):
     """uvicorn's server around the application."""
-    return uvicorn.Server(uvicorn.Config(
+    places = len(models) * (config.batch_size + config.queue)
+    return Server(uvicorn.Config(
         make_app(config, models, worker),
+        http=Connection,
         ws='none',
         lifespan='off',
         log_level='error',
         access_log=False,
         server_header=False,
+        backlog=128,
+        h11_max_incomplete_event_size=16_384,
+        limit_concurrency=2 * MAX_WAITING + places,
         timeout_graceful_shutdown=2,
     ))
 

@@ -1,4 +1,5 @@
 """serve.py with real models: in threads of this process, and as a process of its own."""
+import contextlib
 import http.client
 import json
 import socket
@@ -24,11 +25,13 @@ openai = pytest.importorskip('openai')
 
 import chat_page
 import serve
+from web import guard
 from web.batching import Worker
 
 BYTES = Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)
 QUESTION = [{'role': 'user', 'content': 'What is the capital of France?'}]
 CHAT = '/v1/chat/completions'
+HALF = b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{'
 
 
 def make_model(folder, template, seed, n_layer=2):
@@ -221,6 +224,39 @@ def test_health_answers_at_once_beside_large_requests(server):
             slowest = max(slowest, time.monotonic() - started)
     assert [one.result().status_code for one in asked] == [200, 400, 400, 400, 200] * 2
     assert slowest < 0.5
+
+
+@pytest.mark.parametrize('patience, may_wait, left', [(0.3, 1000, 1), (60, 20, 21)])
+def test_clients_that_dawdle_are_dropped(models, monkeypatch, capfd, patience, may_wait, left):
+    monkeypatch.setattr(guard, 'PATIENCE_S', patience)
+    monkeypatch.setattr(guard, 'MAX_WAITING', may_wait)
+    many = b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n' * 400  # and their client reads nothing
+    beginnings = [b'', b'GET /health HTT', HALF, many]
+    with Server(models[0] / 'tuned') as server, contextlib.ExitStack() as stack:
+        for i in range(60):
+            idle = stack.enter_context(socket.socket())
+            idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            idle.connect(server.address)
+            idle.setblocking(False)
+            with contextlib.suppress(OSError):
+                idle.send(beginnings[i % 4])
+        assert server.health()['status'] == 'ok'
+        wait_until(lambda: len(server.uvicorn.server_state.connections) <= left, 3)
+        with socket.create_connection(server.address) as long:
+            long.sendall(b'GET / HTTP/1.1\r\n' + b'X: ' + b'y' * 100_000)
+            assert long.recv(12) == b'HTTP/1.1 400'
+    assert capfd.readouterr().err == ''
+
+
+def test_a_client_that_stops_reading_its_answer_is_dropped(models, monkeypatch):
+    monkeypatch.setattr(guard, 'PATIENCE_S', 0.2)
+    with Server(models[0] / 'slow') as server:
+        stream = server.chat(max_tokens=900, stream=True)
+        next(stream)
+        connection, = server.uvicorn.server_state.connections
+        connection.loop.call_soon_threadsafe(connection.pause_writing)  # as when buffers are full
+        wait_until(lambda: server.health()['writing'] == 0, 2)
+        stream.close()
 
 
 # ---- the process ----
