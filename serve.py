@@ -6,7 +6,7 @@
 
 Serves whatever sample.py opens: POST /v1/chat/completions and /v1/completions, streamed or whole,
 GET /v1/models and /health. What is sent counts as ordinary text: nobody can write a tag and forge
-a turn.
+a turn. If the environment variable GPT2_API_KEY is set, clients must send it as their API key.
 """
 import os
 import socket
@@ -56,6 +56,7 @@ class Config:
     # who may ask
     host: str = '127.0.0.1'    # where to listen; 0.0.0.0 lets in everybody who reaches this machine
     port: Annotated[int, Range(0, 65535)] = 8000  # 0 takes any free one
+    allow_host: str = ''       # names of this machine beside localhost, separated by commas
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights

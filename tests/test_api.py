@@ -255,28 +255,34 @@ def test_other_paths_methods_and_sizes():
     assert status == 413 and '1,000,000 bytes' in error['message']
 
 
-ASKED = [  # Host, Origin, status
-    ('localhost:8000', None, 200),
-    ('127.0.0.1:8000', 'http://127.0.0.1:8000', 200),
-    ('[::1]:8000', None, 200),
-    ('192.168.1.5', None, 200),
-    ('evil.example', None, 403),
-    ('localhost', 'http://evil.example', 403),
-    ('localhost', 'null', 403),
-    ('', None, 403),
-    ('[', None, 403),
+ASKED = [  # Host, Origin, key sent; status by default, with --allow_host, with a key
+    ('localhost:8000', None, None, 200, 200, 401),
+    ('127.0.0.1:8000', 'http://127.0.0.1:8000', 'secret', 200, 200, 200),
+    ('[::1]:8000', None, 'Secret', 200, 200, 401),
+    ('192.168.1.5', None, 'secret', 200, 200, 200),
+    ('BOX.lan:8000', 'https://BOX.lan:8000', 'secret', 403, 200, 403),
+    ('evil.example', None, 'secret', 403, 403, 403),
+    ('localhost', 'http://evil.example', 'secret', 403, 403, 403),
+    ('localhost', 'null', 'secret', 403, 403, 403),
+    ('', None, 'secret', 403, 403, 403),
+    ('[', None, 'secret', 403, 403, 403),
 ]
 
 
-@pytest.mark.parametrize('host, origin, status', ASKED)
-def test_only_who_may_ask_is_answered(host, origin, status):
-    headers = {'Host': host}
+@pytest.mark.parametrize('host, origin, key, plain, named, locked', ASKED)
+def test_only_who_may_ask_is_answered(monkeypatch, host, origin, key, plain, named, locked):
+    headers = {'Host': host, 'Authorization': f'Bearer {key}'}
     if origin:
         headers['Origin'] = origin
-    assert Client().get('/v1/models', headers=headers).status_code == status
+    assert Client().get('/v1/models', headers=headers).status_code == plain
+    client = Client('--allow_host=example.org, box.lan')
+    assert client.get('/v1/models', headers=headers).status_code == named
+    monkeypatch.setenv('GPT2_API_KEY', 'secret')
+    assert Client().get('/v1/models', headers=headers).status_code == locked
 
 
-def test_the_page_loads_nothing():
+def test_the_page_needs_no_key_and_loads_nothing(monkeypatch):
+    monkeypatch.setenv('GPT2_API_KEY', 'secret')
     page = Client().get('/')
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers['Content-Security-Policy']

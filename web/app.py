@@ -98,7 +98,7 @@ def make_app(config, models, worker):
             Route('/v1/chat/completions', chat_completions, methods=['POST']),
             Route('/v1/completions', completions, methods=['POST']),
         ],
-        middleware=[Middleware(Guard)],
+        middleware=[Middleware(Guard, config.allow_host, os.environ.get('GPT2_API_KEY', ''))],
         exception_handlers={ApiError: refuse, HTTPException: refuse_path, ClientDisconnect: drop},
     )
 
