@@ -9,6 +9,7 @@ GET /v1/models and /health. What is sent counts as ordinary text: nobody can wri
 a turn. If the environment variable GPT2_API_KEY is set, clients must send it as their API key.
 """
 import os
+import signal
 import socket
 import sys
 import threading
@@ -34,6 +35,7 @@ from core.decoding_weights import prepare
 from core.device import keep_freed_memory, pick_device
 from web.batching import Batch, Worker
 
+CLOSING_S = 3  # how long answers may go on after Ctrl-C or SIGTERM
 STARTED = int(time.time())
 
 
@@ -137,7 +139,7 @@ def make_server(config, models, worker):
         backlog=128,
         h11_max_incomplete_event_size=16_384,
         limit_concurrency=2 * MAX_WAITING + places,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=CLOSING_S + 2,
     ))
 
 
@@ -149,6 +151,19 @@ def listen(host, port):
     except OSError as error:
         raise UserError(f'cannot listen on {host}:{port}: {error.strerror}. '
                         'Choose another port with --port=N; 0 takes any that is free.') from None
+
+
+def stop_on_signals(server, worker):
+    """On Ctrl-C or SIGTERM, let the answers end that are being written, and then the process."""
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        server.should_exit = True
+        timer = threading.Timer(CLOSING_S, worker.end_all)
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
 def serve(server, worker, listening):
@@ -177,6 +192,7 @@ def main(argv):
         models = open_all(config)
         worker = Worker([model.batch for model in models])
         server = make_server(config, models, worker)
+        stop_on_signals(server, worker)
         host = f'[{config.host}]' if ':' in config.host else config.host
         address = f'http://{host}:{listening.getsockname()[1]}'
         print(f'chat: {address}/   API: {address}/v1   Ctrl-C stops', flush=True)

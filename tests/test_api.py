@@ -134,12 +134,16 @@ def test_stop_strings_are_found_wherever_the_tokens_end():
             assert said == whole
 
 
-@pytest.mark.parametrize('answer, finish, status', [(b'ab', 'error', 500)])
+@pytest.mark.parametrize('answer, finish, status', [(b'ab', 'error', 500), (b'', 'closing', 503)])
 def test_a_failure_is_an_error_whole_and_in_the_stream(answer, finish, status):
     client = Client(answer=answer, finish=finish)
     assert client.refusal({'messages': QUESTION})[0] == status
     lines = client.post(CHAT, json={'messages': QUESTION, 'stream': True}).text.split('\n\n')
     assert json.loads(lines[-2].removeprefix('data: '))['error']['type'] == 'server_error'
+
+
+def test_an_answer_ends_where_it_is_when_the_server_closes():
+    assert Client(answer=b'ab', finish='closing').text() == ('ab', 'length')
 
 
 # ---- questions ----

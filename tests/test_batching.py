@@ -129,14 +129,19 @@ def test_an_answer_ends_at_a_stop_at_its_length_and_where_the_window_is_full(tin
     assert (tokens(stopped), finish(stopped)) == (found[:found.index(found[4])], 'stop')
 
 
-def test_a_place_is_free_when_a_client_has_gone(tiny):
+def test_a_place_is_free_when_a_client_has_gone_or_the_server_closes(tiny):
     batch = Batch(tiny, size=1)
+    worker = Worker([batch])
     gone, never, last = ask(prompt(3), 200), ask(prompt(5), 2), ask(prompt(4), 200)
+    waiting = ask(prompt(4), 2)
     a_round(batch, gone, never, last)
     n = len(gone.events)
     gone.ended = never.ended = True
-    a_round(batch)
+    a_round(batch, waiting)
     assert len(gone.events) == n and never.events == [] and last.events
+    worker.end_all()
+    run(batch)
+    assert finish(last) == 'closing' and waiting.events == [([], 'closing')]
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(tiny):

@@ -2,7 +2,11 @@
 import contextlib
 import http.client
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +17,7 @@ import requests
 import torch
 
 import configurator
-from configurator import UserError
+from configurator import REPOSITORY, UserError
 from core import checkpoint, conversation
 from core.conversation import Turn
 from core.generate import Sampling, generate
@@ -73,6 +77,7 @@ class Server:
         return self
 
     def __exit__(self, *_):
+        self.worker.end_all()
         self.uvicorn.should_exit = True
         self.answering.join(10)
 
@@ -260,6 +265,50 @@ def test_a_client_that_stops_reading_its_answer_is_dropped(models, monkeypatch):
 
 
 # ---- the process ----
+
+def test_sigterm_ends_answers_with_a_reason(models, monkeypatch):
+    monkeypatch.setattr(serve, 'CLOSING_S', 0.3)
+    server = Server(models[0] / 'slow', '--batch_size=1')
+
+    def ask():
+        body = {'messages': QUESTION, 'max_tokens': 1000, 'stream': True}
+        with requests.post(server.url + CHAT, json=body, stream=True, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            waiting = pool.submit(server.post, messages=QUESTION)
+            wait_until(lambda: server.health()['waiting'] == 1)
+            signal.raise_signal(signal.SIGTERM)
+            return [line for line in lines if line], waiting.result()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asked = pool.submit(ask)
+            serve.stop_on_signals(server.uvicorn, server.worker)
+            serve.serve(server.uvicorn, server.worker, server.listening)
+            lines, waited = asked.result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert lines[-1] == b'data: [DONE]'
+    last = json.loads(lines[-2].removeprefix(b'data: '))
+    assert last['choices'][0]['finish_reason'] == 'length'
+    assert waited.status_code == 503 and 'is stopping' in waited.json()['error']['message']
+
+
+def test_ctrl_c_leaves_no_traceback(models):
+    command = [sys.executable, 'serve.py', f'--init_from={models[0] / "tuned"}', '--port=0']
+    process = subprocess.Popen(command, cwd=REPOSITORY, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with process:
+        found = None
+        while not found:
+            found = re.search(r'chat: http://(.+):(\d+)/ ', process.stdout.readline())
+        with socket.create_connection(found.groups()) as idle:
+            idle.sendall(HALF)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+        assert process.stderr.read() == ''
+
 
 def test_mistakes_at_the_start_are_one_line(models, script, tmp_path):
     folder = models[0] / 'tuned'

@@ -76,6 +76,10 @@ class Job:
             ids, finish = await self.events.get()
             if finish == 'error':
                 raise ApiError(500, 'the model failed; the terminal of serve.py says why.')
+            if finish == 'closing':
+                if not self.text.text:
+                    raise ApiError(503, 'the server is stopping.')
+                finish = 'length'
             new = self.text.add(ids, finish)
             if new or self.text.finish:
                 yield new

@@ -28,8 +28,8 @@ class Request:
     """An answer to write.
 
     The worker's thread calls deliver(ids, finish) for each new token, with its id in a list.
-    finish is None until the last call: then 'stop', 'length' or 'error'. The token that stops an
-    answer is not delivered.
+    finish is None until the last call: then 'stop', 'length', 'error', or 'closing' when the
+    server stops. The token that stops an answer is not delivered.
     """
     prompt: list                       # ids
     max_new_tokens: int
@@ -167,6 +167,13 @@ class Worker:
                 raise Full
             batch.waiting.append(request)
             self.news.notify()
+
+    def end_all(self):
+        """End every answer where it is."""
+        for batch in self.batches:
+            for request in [*batch.waiting, *batch.writing, batch.reading]:
+                if request:
+                    request.end('closing')
 
     def stop(self):
         """Let run return."""
