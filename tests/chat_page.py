@@ -1,4 +1,6 @@
-"""What test_chat.py drives: a server that answers by script, and headless Chromium. As a command, a picture of the page:
+"""For the tests of the page: a server that answers by script, and headless Chromium.
+
+As a command, it takes a picture of the page of a server that runs:
 
     python tests/chat_page.py http://127.0.0.1:8000 docs/chat.png "What's the capital of France?"
 """
@@ -8,35 +10,38 @@ import json
 import os
 import select
 import shutil
-import socket
 import sys
 import threading
 
-PAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'web', 'chat.html')
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync']
-POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # as serve.py sends it
-TUNED = {'id': 'out/oasst', 'object': 'model', 'created': 0, 'owned_by': 'local', 'role': 'tuned', 'window': 1024,
-         'description': 'gpt2-medium tuned on OpenAssistant', 'template': 'xml'}
-UNTUNED = {**TUNED, 'id': 'gpt2-medium', 'role': 'compare', 'description': 'as published, not tuned', 'template': 'plain'}
+PAGE = os.path.join(os.path.dirname(__file__), '..', 'web', 'chat.html')
+CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome')
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync']
+TUNED = {'id': 'out/oasst', 'role': 'tuned', 'window': 1024, 'template': 'xml',
+         'description': 'gpt2-medium tuned on OpenAssistant',
+         'defaults': {'temperature': 0.7, 'max_tokens': 256}}
+UNTUNED = {**TUNED, 'id': 'gpt2-medium', 'role': 'compare', 'description': 'as published'}
 PARIS = ['The capital', ' of France', ' is Paris.']
 
 
 class Stub(http.server.ThreadingHTTPServer):
-    """Speaks what the page uses of serve.py, by script; port 0 is any free one.
+    """Speaks as much of the API as the page uses; port 0 is any free one.
 
-    replies: model id → pieces of text (None waits until go is set), or (status, headers, error) in place of an answer,
-    or a dict among the pieces, sent as an event, or an exception, which ends the connection there.
+    replies: {model id: pieces of text}. Among the pieces, None waits until `go` is set, a dict is
+    sent as it is, and an exception breaks the connection. (status, message) is an error.
     """
     daemon_threads = True
 
     def __init__(self, port=0):
         super().__init__(('127.0.0.1', port), Handler)
-        self.models, self.requests = [TUNED], []
-        self.replies, self.finish = {'out/oasst': PARIS, 'gpt2-medium': [' France', '?']}, 'stop'
-        self.go, self.left = threading.Event(), threading.Event()  # the rest may come; a client went away in the middle
+        self.models = [TUNED]
+        self.replies = {'out/oasst': PARIS, 'gpt2-medium': [' France', '?']}
+        self.finish = 'stop'
+        self.key = None  # the API key that is expected
+        self.keys = []   # what has been sent for it
+        self.requests = []
+        self.go = threading.Event()
+        self.left = threading.Event()  # a client went away in the middle
         self.url = f'http://127.0.0.1:{self.server_port}/'
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -50,28 +55,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, status, kind, body, headers=()):
+    def send(self, status, body, kind='application/json'):
+        if not isinstance(body, bytes):
+            body = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in (('Content-Type', kind), ('Content-Length', len(body)), ('Content-Security-Policy', POLICY), *headers):
-            self.send_header(name, value)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', len(body))
         self.end_headers()
         self.wfile.write(body)
 
     def do_GET(self):
-        if self.path == '/v1/models':
-            return self.send(200, 'application/json', json.dumps({'object': 'list', 'data': self.server.models}).encode())
-        assert self.path == '/', self.path
-        with open(PAGE, 'rb') as file:
-            self.send(200, 'text/html; charset=utf-8', file.read())
+        if self.path == '/':
+            with open(PAGE, 'rb') as file:
+                self.send(200, file.read(), 'text/html; charset=utf-8')
+            return
+        self.server.keys.append(self.headers['Authorization'])
+        if self.server.key and self.server.keys[-1] != f'Bearer {self.server.key}':
+            self.send(401, {'error': {'message': 'wrong key'}})
+        else:
+            self.send(200, {'data': self.server.models})
 
     def do_POST(self):
-        assert self.path == '/v1/chat/completions', self.path
         request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         self.server.requests.append(request)
         reply = self.server.replies[request['model']]
         if isinstance(reply, tuple):
-            status, headers, error = reply
-            return self.send(status, 'application/json', json.dumps({'error': error}).encode(), headers)
+            status, message = reply
+            self.send(status, {'error': {'message': message}} if message else b'not JSON')
+            return
         self.send_response(200)
         self.send_header('Content-Type', 'text/event-stream')
         self.end_headers()
@@ -80,23 +91,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             if piece is None:
                 while not self.server.go.wait(0.01):
-                    if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-                        return self.server.left.set()
-                continue
-            self.event(piece if isinstance(piece, dict) else {'choices': [{'delta': {'content': piece}, 'finish_reason': None}]})
-        self.event({'choices': [{'delta': {}, 'finish_reason': self.server.finish}]})
-        self.event({'choices': [], 'usage': {'prompt_tokens': 9, 'completion_tokens': 7, 'total_tokens': 16},
-                    'timings': {'first_token_s': 0.1, 'tokens_per_s': 41.27}})
+                    if select.select([self.connection], [], [], 0)[0]:  # it has been closed
+                        self.server.left.set()
+                        return
+            elif isinstance(piece, dict):
+                self.event(**piece)
+            else:
+                self.event(choices=[{'delta': {'content': piece}, 'finish_reason': None}])
+        self.event(choices=[{'delta': {}, 'finish_reason': self.server.finish}])
+        self.event(choices=[], usage={'prompt_tokens': 9, 'completion_tokens': 7})
         self.wfile.write(b'data: [DONE]\n\n')
 
-    def event(self, data):
-        self.wfile.write(f'data: {json.dumps({"object": "chat.completion.chunk", **data})}\n\n'.encode())
+    def event(self, **data):
+        self.wfile.write(f'data: {json.dumps(data)}\n\n'.encode())
 
 
 @contextlib.contextmanager
 def chromium():
     """A headless browser."""
-    from playwright.sync_api import sync_playwright  # not at the top: test_chat.py skips without it
+    from playwright.sync_api import sync_playwright  # test_chat.py skips without it
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -109,23 +122,8 @@ def say(page, text):
     page.get_by_label('Message').press('Enter')
 
 
-def contrasts(page):
-    """[(ratio, element), …] of the text that stands on the page, as WCAG counts."""
-    return page.evaluate("""() => {
-      const parts = color => color.match(/[\\d.]+/g).map(Number);
-      const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-        .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-      const behind = node => { const color = parts(getComputedStyle(node).backgroundColor);
-        return color[3] === 0 ? behind(node.parentElement) : color; };
-      return [...document.querySelectorAll('body *')].filter(node => node.checkVisibility() && !node.closest('.hidden') &&
-          (node.matches('input, textarea') || [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim())))
-        .map(node => { const [a, b] = [light(parts(getComputedStyle(node).color)), light(behind(node))].sort((a, b) => b - a);
-          return [(a + .05) / (b + .05), node.tagName + '.' + node.className + '#' + node.id]; });
-    }""")
-
-
 def picture(url, path, *questions):
-    """Ask the server at url the questions, one after the other, greedily, and save what the page then shows."""
+    """Ask the server the questions, greedily, and save what the page then shows."""
     with chromium() as browser:
         page = browser.new_page(viewport={'width': 1080, 'height': 740})
         page.goto(url)
