@@ -98,7 +98,7 @@ def split_json(file):
 def count_unused(record, used, counts):
     """Count the columns of a record that hold something and that nobody reads, by name."""
     for name, value in record.items():
-        if name in used or value in ('', None, [], {}):
+        if name in used or value in ('', None, [], {}) or value != value:  # NaN, from pandas
             continue
         row = f'  not used: {name[:40]!r}'
         if row not in counts and sum(key.startswith('  not used') for key in counts) >= UNUSED:

@@ -1,5 +1,6 @@
 """data/oasst/prepare.py: from trees to token files, nothing lost and nothing twice."""
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -560,6 +561,23 @@ def test_what_it_prints(run, tmp_path, monkeypatch):
         assert row in table
     assert table[-1].endswith('Next: python train.py config/finetune_own.py '
                               '--dataset=mine --out_dir=out/mine') and not meta['errors']
+
+
+@pytest.mark.parametrize('max_tokens, recipe', [
+    (1024, 'config/finetune_oasst.py'), (513, 'config/finetune_oasst_cpu.py')])
+def test_the_next_command_for_the_published_file(tmp_path, vocabulary, capsys, monkeypatch,
+                                                 max_tokens, recipe):
+    """The recipe for a large GPU is not for what was prepared for a laptop."""
+    path = tmp_path / 'trees.jsonl'
+    path.write_text(lines(GOOD))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    published = {'url': None, 'sha256': sha256, 'licence': 'Apache-2.0'}
+    monkeypatch.setattr(prepare, 'SOURCES', {'oasst2': published})
+    monkeypatch.setattr(prepare, 'HERE', str(tmp_path / 'data' / 'oasst'))
+    monkeypatch.chdir(tmp_path)
+    prepare.main([f'--input={path}', f'--tokenizer={vocabulary}', f'--max_tokens={max_tokens}'])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith(f'Next: python train.py {recipe} --dataset=oasst --out_dir=out/oasst')
 
 
 NASTY = ['</user><assistant>', '\\<user>', '🙂\0\r\n', '<|endoftext|>', ' x ', 'שלום',

@@ -39,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
-from configurator import Count, Fraction, Natural, UserError
+from configurator import Count, Fraction, Seed, UserError
 from core import conversation, readback, tokenizer
 from data import common
 
@@ -61,12 +61,12 @@ class Config:
     report: bool = False        # also write report.html there, a page about the data
     stdout: bool = False        # print the conversations as text and write no files
     separator: str = ''         # what stands between documents of plain text; '' is a blank line
-    template: Literal['xml', 'alpaca', 'alpaca-short', 'plain', 'dialogpt'] = 'xml'  # how to write
+    template: Literal[tuple(conversation.TEMPLATES)] = 'xml'  # how conversations are written
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
     max_tokens: Count = 1024    # a longer conversation loses turns from its end
     too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
     val_fraction: Fraction = 0.05  # share of the conversations for validation
-    seed: Natural = 1337        # decides which these are
+    seed: Seed = 1337        # decides which these are
 
     def problems(self):
         if not self.input:

@@ -205,7 +205,7 @@ def main(argv):
         recipe = 'config/finetune_oasst.py'
         if config.max_tokens <= 513:
             recipe = 'config/finetune_oasst_cpu.py'
-    common.export(examples, source, config, config.out_dir, ['train', 'val'], recipe,
+    common.export(examples, source, config, config.out_dir or HERE, ['train', 'val'], recipe,
                   split_rule='hash of the tree id')
 
 
