@@ -6,8 +6,8 @@
 
 The data are CC BY-NC 4.0: a model trained on them is not for commercial use.
 
-Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what a micro-batch keeps for the backward pass. On a
-CPU a pass takes hours: two shared cores need about a minute a step. For a look:
+Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what a micro-batch keeps for the backward pass. On
+a CPU a pass takes hours: two shared cores need about a minute a step. For a look:
 --max_iters=50 --eval_interval=25 --eval_iters=10. The corrected data: prepare with
 --source=alpaca-cleaned, train with --dataset=alpaca-cleaned --out_dir=out/alpaca-cleaned.
 
@@ -16,8 +16,8 @@ As published (the InstructAI project) / here
 - The prompt begins with "### Instruction:" / Stanford's own prompt, with its first sentence.
   As published: prepare with --template=alpaca-short.
 - Loss on the whole sequence / on the response. As published: --loss_on=all.
-- The project does not state its learning rate, batch size and epochs / Stanford's number of epochs and
-  share of warm-up; a higher learning rate, since Stanford's 2e-5 was for 7 billion parameters.
+- The project does not state its learning rate, batch size and epochs / Stanford's number of epochs
+  and share of warm-up; a higher learning rate, since Stanford's 2e-5 was for 7 billion parameters.
 - Rows of over 513 tokens: unknown / cut, 67 of the 52,002; one whose prompt is longer is left out.
 - No loss was published. Expected loss and time are unknown: no weights could be downloaded here.
 """

@@ -15,8 +15,8 @@ As published (the book, and the two teaching versions made from it) / here
   cannot be compared: prompts are the easy four fifths of the tokens.
 - Batches of 8 padded entries / rows of 512 positions, which hold 8.4 entries on average.
 - AdamW's beta2 0.999, no clipping / the same, set below.
-- In the split by position the prompts of 4 entries of val and 2 of test stand in train as well. Prepare
-  without --split, and a hash of the prompt decides: none does.
+- In the split by position the prompts of 4 entries of val and 2 of test stand in train as well.
+  Prepare without --split, and a hash of the prompt decides: none does.
 """
 out_dir = 'out/instruction-data'
 init_from = 'gpt2-medium'

@@ -12,8 +12,8 @@ As published ("GPT-2 Instruct") / here
   batches of 32 examples, one epoch, the Trainer's 5e-5 decaying to 0, AdamW without weight decay,
   answers cut at the last full stop.
 - Linear decay / cosine decay.
-- The whole repository, 498,813 rows, is shuffled: its parts were counted twice, so that test rows had
-  been trained on / only the main file, 222,650 rows.
+- The whole repository, 498,813 rows, is shuffled: its parts were counted twice, so that test rows
+  had been trained on / only the main file, 222,650 rows.
 - Loss on every token, and never on <|endoftext|> / on answers and their end. Prompts as well:
   --loss_on=all.
 - Examples are padded / packed: a row of 128 positions holds 1.9 of Stanford's, so 17 rows are about
