@@ -97,7 +97,8 @@ def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, 
         name = f'{what}, {len(order) - start} answers left'
         for tokens in Bar(steps, name, max_new_tokens, disable=not what or None):
             for i, token in zip(group, tokens):
-                if token is not None:  # else this answer has ended
+                # Else this answer has ended.
+                if token is not None:
                     found[i].append(token)
 
     answers = []
@@ -178,7 +179,8 @@ def measure_quiz(opened, questions, config):
 
 def measure(name, config, questions, device):
     """Everything that the report says about one model, as a dict of plain values."""
-    template = 'question'  # for a model that was never tuned
+    # For a model that was never tuned.
+    template = 'question'
     tags = False
     if config.dataset:
         folder = tokenfile.find_folders(config.dataset, config.data_dir)[0]

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-VOCAB_MULTIPLE = 128  # the embedding has a multiple of so many rows: matrix units like that
+# The embedding has a multiple of so many rows: matrix units like that.
+VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class GPT(nn.Module):
             'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias)})
-        self.unembed = None  # decoding puts a faster way to multiply by wte here
+        # Decoding puts a faster way to multiply by wte here.
+        self.unembed = None
         if self.device.type != 'meta':
             self.init_weights()
 
@@ -188,14 +190,16 @@ class DocumentAttention:
     def __init__(self, runs, n_head):
         self.runs = runs
         self.n_head = n_head
-        self.cu_seqlens = None  # where each document starts; made on first use
+        # Where each document starts; made on first use.
+        self.cu_seqlens = None
 
     def __call__(self, layer, qkv):
         """qkv (N, 3C) -> (N, C)."""
         if can_use_varlen(qkv, self.n_head):
             return self.varlen(qkv)
         if not qkv.is_cuda:
-            qkv = qkv.float()  # a CPU's kernel is faster in float32 than in bfloat16
+            # A CPU's kernel is faster in float32 than in bfloat16.
+            qkv = qkv.float()
         out = []
         sizes = [n * length for n, length in self.runs]
         with torch.autocast(qkv.device.type, enabled=False):
@@ -219,7 +223,8 @@ class DocumentAttention:
             self.longest = max(lengths)
         q, k, v = qkv.view(len(qkv), 3, self.n_head, -1).unbind(1)
         y = varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest,
-                        window_size=(-1, 0))  # look back without limit, never ahead
+                        # Look back without limit, never ahead.
+                        window_size=(-1, 0))
         return y.reshape(len(qkv), -1)
 
 

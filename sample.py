@@ -135,7 +135,8 @@ def ask_once(config, opened, template):
 def chat(config, opened, template):
     """--chat: read turns from the terminal until an empty line, and answer each."""
     window = opened.model.config.block_size
-    room = min(config.max_new_tokens, window // 2)  # kept free for the answer
+    # Kept free for the answer.
+    room = min(config.max_new_tokens, window // 2)
     turns = []
     print('An empty line ends the chat.', file=sys.stderr)
     while True:

@@ -153,7 +153,8 @@ def evaluate_and_save(trainer, log, request, is_last):
     if val_loss is not None:
         log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', val_loss=repr(val_loss),
                   seconds=f'{state.seconds:.2f}')
-    saves = state.step > 0 or is_last  # nothing is learned at step 0
+    # Nothing is learned at step 0.
+    saves = state.step > 0 or is_last
     if saves and better:
         trainer.save('best.pt', val_loss)
     if saves and (better or val_loss is None or config.always_save_checkpoint):
@@ -187,7 +188,8 @@ def loop(trainer, log, request):
     """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
     config = trainer.config
     state = trainer.state
-    before = replace(state)  # at the last line of the log
+    # At the last line of the log.
+    before = replace(state)
     trainer.model.train()
     while True:
         is_last = state.step >= config.max_iters
@@ -238,7 +240,8 @@ def train(config, procs):
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = open_model(config, folders)
     vocab_size = opened.tokenizer.vocab_size
-    window = config.block_size + 1  # the last token is only predicted
+    # The last token is only predicted.
+    window = config.block_size + 1
     train_split = tokenfile.Split(folders, 'train', config.loss_on, vocab_size, window)
     val_split = tokenfile.Split(folders, 'val', config.loss_on, vocab_size, window)
     train_rows = Rows(train_split, config.block_size, config.seed)

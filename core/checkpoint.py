@@ -130,7 +130,8 @@ def restore(checkpoint, path, optimizer, scaler):
         # Settings such as the learning rate come from the configuration, not from the file.
         groups = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
-        has_moments = len(optimizer.state) > 0  # not before the first step
+        # Not before the first step.
+        has_moments = len(optimizer.state) > 0
         for group in optimizer.param_groups:
             for p in group['params']:
                 shapes = {key: moment.shape for key, moment in optimizer.state[p].items()}
@@ -140,7 +141,8 @@ def restore(checkpoint, path, optimizer, scaler):
         loss_sum, n_tokens = checkpoint.interval
         if type(loss_sum) is not float or type(n_tokens) is not int:
             raise ValueError('interval has the wrong type')
-        if scaler.is_enabled() and checkpoint.scaler:  # empty if the run was not in float16
+        # Empty if the run was not in float16.
+        if scaler.is_enabled() and checkpoint.scaler:
             scaler.load_state_dict(checkpoint.scaler)
 
 

@@ -113,7 +113,8 @@ TEMPLATES = {
         user_with_context=(f'{TASK_WITH_INPUT}. {REQUEST}\n\n{SECTIONS_WITH_INPUT}',),
         assistant=('{text}', END_OF_TEXT),
         headings=HEADINGS),
-    'alpaca-short': Template(  # without the first sentences
+    # Without the first sentences.
+    'alpaca-short': Template(
         user=(SECTIONS,),
         user_with_context=(SECTIONS_WITH_INPUT,),
         assistant=('{text}', END_OF_TEXT),
@@ -122,7 +123,8 @@ TEMPLATES = {
         user=('{text}',),
         user_with_context=('{text} {context}',),
         assistant=(' {text}', END_OF_TEXT)),
-    'question': Template(  # for models that were never tuned
+    # For models that were never tuned.
+    'question': Template(
         user=('Question: {text}\nAnswer:',),
         assistant=(' {text}', END_OF_TEXT),
         headings=('\nAnswer:',)),
@@ -203,12 +205,14 @@ def begin_answer(turns, body, first, room, tokenizer):
         if turn.role == 'user':
             pieces += encoded
             continue
-        *lead, (text, supervised), _ = encoded  # the last piece is what ends the answer
+        # The last piece is what ends the answer.
+        *lead, (text, supervised), _ = encoded
         pieces += lead
         room -= sum(len(ids) for ids, _ in pieces)
         text = text[:max(room, 0)]
         while len(text) and b'\xef\xbf\xbd' in tokenizer.decode(text[-4:]).encode()[-3:]:
-            text = text[:-1]  # a token that ends inside a character
+            # A token that ends inside a character.
+            text = text[:-1]
         return pieces + [(text, True)] if supervised and len(text) else []
     return []
 

@@ -57,13 +57,15 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.weight = (weight / scale).round().to(torch.int8).contiguous()
         self.scale = scale[:, 0]
-        self.ones = torch.ones(len(weight), dtype=torch.bfloat16)  # the kernel would round scale
+        # The kernel would round scale.
+        self.ones = torch.ones(len(weight), dtype=torch.bfloat16)
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
 
     def forward(self, x):
         if len(x) == 1 and self.compiled:
             return compiled_matvec()(x, self.weight, self.scale, self.bias)
-        if len(x) <= 4:  # the kernel reads the weight once for each row
+        # The kernel reads the weight once for each row.
+        if len(x) <= 4:
             y = torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.ones)
         else:
             y = F.linear(x.bfloat16(), self.weight.bfloat16())
@@ -95,7 +97,8 @@ def prepare(model, device, dtype='auto', compiled=False):
         torch.backends.cuda.enable_cudnn_sdp(False)
         model.to(device, kind).eval()
         for p in model.parameters():
-            p.data = p.data.contiguous()  # transformers' weights come as transposed views
+            # transformers' weights come as transposed views.
+            p.data = p.data.contiguous()
         return str(kind).removeprefix('torch.')
 
     def convert(weight, bias):
@@ -116,6 +119,7 @@ def prepare(model, device, dtype='auto', compiled=False):
         for part, name, future in converted:
             part[name] = future.result()
         model.unembed = unembed.result()
-    torch.set_num_threads(n_threads)  # the pool's setting would hold for all later threads
+    # The pool's setting would hold for all later threads.
+    torch.set_num_threads(n_threads)
     model.eval()
     return str(kind).removeprefix('torch.')

@@ -26,7 +26,8 @@ def pick_device(name):
                         'Use --device=auto.')
     if kind == 'cuda':
         torch.cuda.set_device(name)
-        torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
+        # TF32 for what stays in float32.
+        torch.set_float32_matmul_precision('high')
     return name
 
 
@@ -65,6 +66,9 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # musl has none
     if mallopt:
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
-        mallopt(M_MMAP_MAX, 0)  # everything comes from the heap, which is reused
-        mallopt(M_TRIM_THRESHOLD, -1)  # never give its end back
-        mallopt(M_TOP_PAD, 1 << 29)  # and let it grow by 512 MiB at a time
+        # Everything comes from the heap, which is reused.
+        mallopt(M_MMAP_MAX, 0)
+        # Never give its end back.
+        mallopt(M_TRIM_THRESHOLD, -1)
+        # And let it grow by 512 MiB at a time.
+        mallopt(M_TOP_PAD, 1 << 29)

@@ -100,7 +100,8 @@ def only_writer(folder, option='out_dir'):
 class Bar(tqdm):
     """A progress bar on standard error, only on a terminal and only for what takes over 2 s."""
 
-    monitor_interval = 0  # no thread of its own: prepare.py forks its workers beside it
+    # No thread of its own: prepare.py forks its workers beside it.
+    monitor_interval = 0
 
     def __init__(self, *arguments, **options):
         look = {'disable': None, 'delay': 2, 'leave': False, 'miniters': 0, 'mininterval': 0.1,

@@ -20,16 +20,21 @@ class KVCache:
         wte = model.transformer.wte.weight
         self.k = wte.new_zeros(c.n_layer, B, c.n_head, n_positions, size)
         self.v = torch.zeros_like(self.k)
-        self.lengths = [0] * B  # filled positions of each text
-        self.end = 0  # attention looks at the positions before this one
-        self.mask = None  # what each new position may see, if causal does not say it
-        self.at = None  # (rows, positions) where the new keys and values go, if not at the end
+        # Filled positions of each text.
+        self.lengths = [0] * B
+        # Attention looks at the positions before this one.
+        self.end = 0
+        # What each new position may see, if causal does not say it.
+        self.mask = None
+        # (rows, positions) where the new keys and values go, if not at the end.
+        self.at = None
 
     def __call__(self, layer, qkv):
         """Attention: qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
         _, B, n_head, _, size = self.k.shape
         q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)
-        t = q.shape[2]  # each of them is (B, n_head, t, size)
+        # Each of them is (B, n_head, t, size)
+        t = q.shape[2]
         keys = self.k[layer, :, :, :self.end]
         values = self.v[layer, :, :, :self.end]
         # Write the new keys and values, then attend over all that are filled.
@@ -133,7 +138,8 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
         raise UserError("the model's logits are not finite: its weights are damaged, or it was "
                         'trained with too high a learning rate.')
     cache.repeat(num_samples)
-    answers = list(range(len(logits)))  # the answer that each row of the cache belongs to
+    # The answer that each row of the cache belongs to.
+    answers = list(range(len(logits)))
     texts = [(prompt, []) for prompt in prompts for _ in range(num_samples)]
     for step in range(max_new_tokens):
         idx = choose(logits.float(), sampling, generator, [texts[answer] for answer in answers])
@@ -178,8 +184,10 @@ def choose(logits, sampling, generator=None, texts=()):
         logits, order = logits.sort(descending=True)
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities  # the mass of all likelier tokens
-        before[:, 0] = -1  # the likeliest one always stays
+        # The mass of all likelier tokens.
+        before = probabilities.cumsum(-1) - probabilities
+        # The likeliest one always stays.
+        before[:, 0] = -1
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     if sampling.min_p:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
@@ -201,7 +209,8 @@ def penalize(logits, prompt, answer, sampling):
     for token, n in Counter(answer).items():
         logits[token] -= sampling.frequency_penalty * n + sampling.presence_penalty
     if sampling.no_repeat_ngram_size:
-        n = sampling.no_repeat_ngram_size - 1  # tokens before the one to be chosen
+        # Tokens before the one to be chosen.
+        n = sampling.no_repeat_ngram_size - 1
         last = text[len(text) - n:]
         for i in range(len(text) - n):
             if text[i:i + n] == last:

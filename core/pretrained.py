@@ -71,7 +71,8 @@ def read_weight_file(path):
     """{name: tensor} of one file."""
     with reading(path, 'Expected weights that can be read without running code.'):
         if path.endswith('.safetensors'):
-            import safetensors.torch  # comes with transformers; not always needed
+            # Comes with transformers; not always needed.
+            import safetensors.torch
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
@@ -111,7 +112,8 @@ def from_transformers(config, weights):
             tensor = weights[name.removeprefix('transformer.')]
         tensor = tensor.float()
         if name.endswith(TRANSPOSED):
-            tensor = tensor.t()  # a view: copying here would delay the first token by a third
+            # A view: copying here would delay the first token by a third.
+            tensor = tensor.t()
         if name == 'transformer.wte.weight':
             tensor = F.pad(tensor, (0, 0, 0, p.shape[0] - tensor.shape[0]))
         if tensor.shape != p.shape:
@@ -126,7 +128,8 @@ def from_transformers(config, weights):
 def from_hub(name):
     """The local folder of a hub model, downloaded into transformers' cache on first use."""
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-    import huggingface_hub as hub  # comes with transformers; not always needed
+    # Comes with transformers; not always needed.
+    import huggingface_hub as hub
     import requests
     try:
         return fetch(hub, name, local_files_only=True)
@@ -159,7 +162,8 @@ def fetch(hub, name, local_files_only):
         return path
 
     folder = os.path.dirname(get('config.json'))
-    read_config(folder)  # before the weights, which may be large
+    # Before the weights, which may be large.
+    read_config(folder)
     found = None
     for file in WEIGHTS:
         found = found or get(file, needed=file == WEIGHTS[-1])
@@ -173,7 +177,8 @@ def fetch(hub, name, local_files_only):
 
 def check_download(name, path):
     """Delete a file that is not what the hub announced. UserError then."""
-    blob = os.path.realpath(path)  # the cache keeps a large file under the hash that was announced
+    # The cache keeps a large file under the hash that was announced.
+    blob = os.path.realpath(path)
     announced = os.path.basename(blob)
     if len(announced) < 64:
         return

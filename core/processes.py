@@ -96,7 +96,8 @@ def processes(config):
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s),
                                 device_id=device_id)
         yield Processes(rank, world, device)
-        dist.barrier()  # nobody leaves while another still needs it
+        # Nobody leaves while another still needs it.
+        dist.barrier()
     except UserError as error:
         configurator.report(error)
         status = 2

@@ -64,7 +64,8 @@ def make_batch(split, conversations):
     """The Batch of these conversations of the split."""
     # Equal lengths side by side make one dense attention call each.
     conversations = sorted(conversations, key=lambda i: split.lengths[i])
-    lengths = split.lengths[conversations] - 1  # the last token is only predicted
+    # The last token is only predicted.
+    lengths = split.lengths[conversations] - 1
     pairs = [split[i] for i in conversations]
     idx = np.concatenate([ids[:-1] for ids, _ in pairs]).astype(np.int64)
     targets = np.concatenate([ids[1:] for ids, _ in pairs]).astype(np.int64)
@@ -98,7 +99,8 @@ class Rows:
                 f'nothing to learn in {split.name}: of {len(split)} conversations, '
                 f'{self.n_too_long} are longer than block_size={block_size}, and the others have '
                 'no supervised token.')
-        self.n_rows = len(self.epoch(0))  # the same in each epoch
+        # The same in each epoch.
+        self.n_rows = len(self.epoch(0))
 
     @lru_cache(maxsize=2)  # noqa: B019  (there are two Rows in a process, and they stay)
     def epoch(self, epoch):

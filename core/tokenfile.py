@@ -21,7 +21,8 @@ from core.tokenizer import GPT2_SHA256
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
-COUNTS = ('conversations', 'tokens', 'supervised_tokens')  # of a split, in meta.json
+# Of a split, in meta.json.
+COUNTS = ('conversations', 'tokens', 'supervised_tokens')
 
 
 class Writer:
@@ -44,7 +45,8 @@ class Writer:
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             stack.enter_context(only_writer(self.folder))
-            shutil.rmtree(self.partial, ignore_errors=True)  # a killed process may have left one
+            # A killed process may have left one.
+            shutil.rmtree(self.partial, ignore_errors=True)
             os.mkdir(self.partial)
             stack.callback(shutil.rmtree, self.partial, ignore_errors=True)
             self.files = {}
@@ -135,7 +137,8 @@ def read_meta(folder):
         if meta['template'] not in TEMPLATES:
             raise ValueError(f"template {meta['template']!r}, known are {', '.join(TEMPLATES)}")
         for split in meta['splits'].values():
-            sum(split[key] for key in COUNTS)  # an error, unless all of them are numbers
+            # An error, unless all of them are numbers.
+            sum(split[key] for key in COUNTS)
     return meta
 
 
@@ -185,7 +188,8 @@ class Split:
         self.files = [open_split(folder, split, vocab_size, window) for folder in folders]
         self.lengths = np.concatenate([np.diff(starts) for _, _, starts in self.files])
         counts = [len(starts) - 1 for _, _, starts in self.files]
-        self.first = np.cumsum([0, *counts])  # of each folder, among all conversations
+        # Of each folder, among all conversations.
+        self.first = np.cumsum([0, *counts])
         # The first token of a conversation is never a target: nothing stands before it.
         self.n_supervised = self.lengths - 1
         if loss_on == 'response':

@@ -66,7 +66,8 @@ class Tokenizer:
 
         ValueError for half a surrogate pair, or white space too long for tiktoken's splitting.
         """
-        text.encode('utf-8')  # tiktoken would silently put U+FFFD where this raises
+        # Tiktoken would silently put U+FFFD where this raises.
+        text.encode('utf-8')
         if len(text) > 100_000 and re.search(r'(?<!\s)\s{100000}', text):
             raise ValueError('over 100,000 characters of white space in a row')
         return self._bpe.encode_to_numpy(text, disallowed_special=())
@@ -168,7 +169,8 @@ def read_folder(path, tags):
                 merges = [line for line in file.read().split('\n') if line[:8] != '#version']
             added = read_added_tokens(path)
         merged = []
-        for merge in filter(None, merges):  # 'a b', or ['a', 'b']
+        # 'a b', or ['a', 'b'].
+        for merge in filter(None, merges):
             merged.append(''.join(merge).replace(' ', ''))
         if END_OF_TEXT in vocab:
             added.setdefault(END_OF_TEXT, vocab[END_OF_TEXT])

@@ -54,12 +54,14 @@ class Trainer:
         self.opened = opened
         self.state = opened.checkpoint
         self.train_rows = train_rows
-        self.val_rows = val_rows  # None if the validation set is empty
+        # None if the validation set is empty.
+        self.val_rows = val_rows
         self.last_row = last_row  # where the run ends
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
         self.model = opened.model.to(procs.device)
         for p in self.model.parameters():
-            p.data = p.data.contiguous()  # transformers' weights come as transposed views
+            # transformers' weights come as transposed views.
+            p.data = p.data.contiguous()
         if config.compile:
             self.model.compile()
         self.dtype = pick_dtype(config.dtype, procs.device)
@@ -69,8 +71,10 @@ class Trainer:
         if self.state.optimizer:
             checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
         self.grad_norm = 0.0
-        self.n_skipped = 0  # steps in a row that were not applied
-        self.stopped = False  # by a signal to any of the processes
+        # Steps in a row that were not applied.
+        self.n_skipped = 0
+        # By a signal to any of the processes.
+        self.stopped = False
 
     def epoch(self):
         """Passes over the data so far."""
@@ -135,7 +139,8 @@ class Trainer:
         is_finite = math.isfinite(loss_sum) and math.isfinite(self.grad_norm)
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate(config, state.step)
-        if is_finite or self.scaler.is_enabled():  # the scaler skips such a step itself
+        # The scaler skips such a step itself.
+        if is_finite or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -152,7 +157,8 @@ class Trainer:
         self.n_skipped += 1
         allowed = 5
         if self.scaler.is_enabled():
-            allowed = 50  # float16 begins with a few, until the scale of the loss fits
+            # float16 begins with a few, until the scale of the loss fits.
+            allowed = 50
         elif self.procs.rank == 0:
             Bar.write(f'step {self.state.step + 1} is skipped: loss {loss_sum}, norm of the '
                       f'gradient {self.grad_norm}', file=sys.stderr)

@@ -26,10 +26,14 @@ from core import conversation, tokenfile, tokenizer
 from core.files import Bar, only_writer, reading
 
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-PAUSES_S = (0, 1, 2, 4, 8)  # before each attempt to download
-OWN_DATA = 'config/finetune_own.py'  # the recipe for whatever is not a published file
-SILENCE_S = 30  # a connection that sends nothing for so long is broken
-LONGEST_LINE = 16 << 20  # bytes; parsing a hostile line takes 30 times as much memory
+# Before each attempt to download.
+PAUSES_S = (0, 1, 2, 4, 8)
+# The recipe for whatever is not a published file.
+OWN_DATA = 'config/finetune_own.py'
+# A connection that sends nothing for so long is broken.
+SILENCE_S = 30
+# bytes; parsing a hostile line takes 30 times as much memory.
+LONGEST_LINE = 16 << 20
 UNUSED = 20  # columns that the table names
 
 
@@ -40,8 +44,10 @@ class Source:
     """
 
     def __init__(self, config, published, folder):
-        self.counts = Counter()  # rows of the table, filled in by the caller
-        self.broken = []  # what is wrong with records that cannot be read
+        # Rows of the table, filled in by the caller.
+        self.counts = Counter()
+        # What is wrong with records that cannot be read.
+        self.broken = []
         self.path = config.input or download(published[config.source]['url'], folder)
         with reading(self.path), open(self.path, 'rb') as file:
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -115,7 +121,8 @@ def download(url, folder):
         for pause in PAUSES_S:
             time.sleep(pause)
             try:
-                fetch(url, path + '.part')  # which the next attempt or run continues
+                # Which the next attempt or run continues.
+                fetch(url, path + '.part')
                 os.replace(path + '.part', path)
                 return path
             except (OSError, ValueError) as error:  # all errors of requests are among these
@@ -126,14 +133,17 @@ def download(url, folder):
 
 def fetch(url, part):
     """Append to the file `part` what is missing."""
-    import requests  # takes 0.1 s, and most runs download nothing
+    # Takes 0.1 s, and most runs download nothing.
+    import requests
     with open(part, 'ab') as file:
         headers = {'Range': f'bytes={file.tell()}-', 'Accept-Encoding': 'identity'}
         with requests.get(url, headers=headers, stream=True, timeout=SILENCE_S) as response:
-            if response.status_code == 416:  # nothing is missing
+            # Nothing is missing.
+            if response.status_code == 416:
                 return
             response.raise_for_status()
-            if response.status_code != 206:  # the server begins again
+            # The server begins again.
+            if response.status_code != 206:
                 file.truncate(0)
             size = int(response.headers.get('Content-Length', 0))
             with Bar(desc=part, total=size, unit='B', unit_scale=True) as bar:
@@ -174,7 +184,8 @@ def start(*arguments):
     encoder = arguments
     encoder[0].remember()
     if parent_process():  # this is a worker
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process sees to Ctrl-C
+        # The main process sees to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -199,7 +210,8 @@ def encode(example):
     if ids is None:
         return example._replace(drop='too long')
     if parent_process():
-        example = example._replace(turns=[])  # sending them takes time, and nobody needs them
+        # Sending them takes time, and nobody needs them.
+        example = example._replace(turns=[])
     return example._replace(ids=ids.tobytes(), mask=mask.tobytes())
 
 
@@ -234,7 +246,8 @@ def encode_all(examples, config, n_bytes=0):
     tags = conversation.TEMPLATES[config.template].tags
     vocabulary = tokenizer.load(config.tokenizer, tags)
     start(vocabulary, config.template, config.max_tokens, config.too_long == 'cut')
-    if n_bytes < 1 << 20:  # starting the workers would take longer
+    # Starting the workers would take longer.
+    if n_bytes < 1 << 20:
         yield from map(encode, examples)
         return
     with ProcessPoolExecutor(initializer=start, initargs=encoder) as pool:

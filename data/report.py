@@ -24,7 +24,8 @@ from core.files import reading, write_whole
 from formats.page import render
 
 SHOWN = 20  # conversations
-LANGUAGES = 12  # the most frequent ones; the others are added up
+# The most frequent ones; the others are added up.
+LANGUAGES = 12
 COLUMNS = 40  # in the histogram, at most
 
 # Why a conversation was left out, by the names that prepare.py gives the reasons.
@@ -121,7 +122,8 @@ def fitting(lengths):
     """[(row size, how many conversations fit)], down from the size that holds them all."""
     found = []
     for size in (128, 256, 512, 1024):
-        n = int((lengths - 1 <= size).sum())  # the last token is only a target
+        # The last token is only a target.
+        n = int((lengths - 1 <= size).sum())
         found.append((f'{size:,}\u00a0positions', n))
         if n == len(lengths):
             break
@@ -151,7 +153,8 @@ def tokens_of(ids, mask, tokenizer):
     """The conversation as a list of Tokens."""
     tags = set(tokenizer.special.values())
     found = []
-    group = []  # ids that do not make up whole characters yet
+    # Ids that do not make up whole characters yet.
+    group = []
 
     def finish(supervised, tag=False):
         if group:
@@ -162,7 +165,8 @@ def tokens_of(ids, mask, tokenizer):
     # A token may hold a part of a character: tokens are collected until their bytes are whole.
     for i, supervised in zip(ids.tolist(), mask.astype(bool).tolist()):
         if i in tags or supervised != before:
-            finish(before)  # what is left is half a character
+            # What is left is half a character.
+            finish(before)
         group.append(i)
         if i in tags or is_text(tokenizer.decode_bytes(group)):
             finish(supervised, i in tags)
@@ -172,7 +176,8 @@ def tokens_of(ids, mask, tokenizer):
 
 
 # Characters that a browser does not show, or that change the direction of what follows.
-MARKS = {code: chr(0x2400 + code) for code in range(32)}  # the pictures that Unicode has for them
+# The pictures that Unicode has for them.
+MARKS = {code: chr(0x2400 + code) for code in range(32)}
 MARKS |= {ord('\n'): '<s>↵</s>\n', ord('\t'): '<s>→</s>\t', 0x7f: '␡'}
 for code in (0x200e, 0x200f, *range(0x202a, 0x202f), *range(0x2066, 0x206a)):
     MARKS[code] = f'<s>U+{code:04X}</s>'

@@ -32,7 +32,8 @@ from core.tokenfile import Writer
 # Kinds of questions that are never asked about some countries: country -> capital, and back.
 DIRECTIONS = {'capital': 'forward', 'country': 'backward'}
 README_ASKS = ('France', 'Japan')
-N_VAL = 400  # texts, and conversations, that are set aside
+# texts, and conversations, that are set aside.
+N_VAL = 400
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def main(argv):
     documents = []
     for text in prose:
         ids = np.append(vocabulary.encode(text), vocabulary.end_of_text)
-        documents.append((ids, np.ones_like(ids)))  # every token is learned
+        # Every token is learned.
+        documents.append((ids, np.ones_like(ids)))
     dialogues = [conversation.encode(turns, vocabulary)[:2] for turns in conversations]
     write_dataset(os.path.join(config.out_dir, 'prose'), 'plain', documents, vocabulary, config)
     write_dataset(os.path.join(config.out_dir, 'chat'), 'xml', dialogues, vocabulary, config)

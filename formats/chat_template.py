@@ -15,8 +15,10 @@ from configurator import UserError
 from core.conversation import TEMPLATES, Special, Turn
 from core.tokenizer import to_unicode
 
-BREAK = '\ufdd0'  # inside a tag that somebody typed, so that it is not one
-JOINT = '\ufdd1'  # between two pieces that would have other ids if they were encoded together
+# Inside a tag that somebody typed, so that it is not one.
+BREAK = '\ufdd0'
+# Between two pieces that would have other ids if they were encoded together.
+JOINT = '\ufdd1'
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ENVIRONMENT = jinja2.Environment(

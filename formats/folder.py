@@ -41,7 +41,8 @@ def to_transformers(model):
     weights = {}
     for name, tensor in model.state_dict().items():
         if name == 'transformer.wte.weight':
-            tensor = tensor[:c.vocab_size]  # without the padding
+            # Without the padding.
+            tensor = tensor[:c.vocab_size]
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
         # clone: safetensors refuses tensors that share their memory

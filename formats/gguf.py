@@ -57,7 +57,8 @@ def add_vocabulary(gguf, writer, tokenizer, texts):
     ids = model['vocab'] | tokenizer.special
     types = dict.fromkeys(tokenizer.special.values(), gguf.TokenType.CONTROL)
     writer.add_tokenizer_model('gpt2')
-    writer.add_tokenizer_pre('gpt-2')  # how text is split before merging
+    # How text is split before merging.
+    writer.add_tokenizer_pre('gpt-2')
     writer.add_token_list(sorted(ids, key=ids.get))
     writer.add_token_types([types.get(i, gguf.TokenType.NORMAL) for i in range(len(ids))])
     writer.add_token_merges([' '.join(pair) for pair in model['merges']])

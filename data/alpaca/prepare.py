@@ -150,7 +150,8 @@ def read_row(record, counts):
     prompt = ' '.join(first.text.split()) + '\n' + ' '.join(first.context.split())
     system = record.get('system')
     if not isinstance(system, str):
-        if system and system == system:  # neither null nor NaN
+        # Neither null nor NaN.
+        if system and system == system:
             drop = drop or 'system not text'
     elif system.strip():
         counts['  with a system message'] += 1
@@ -187,7 +188,8 @@ def split_by_position(n, config):
     splits = np.repeat(list(sizes), list(sizes.values()))
     if config.shuffle_seed >= 0:
         order = np.random.default_rng(config.shuffle_seed).permutation(n)
-        splits[order] = splits.copy()  # place i is taken by row order[i]
+        # Place i is taken by row order[i].
+        splits[order] = splits.copy()
     return splits.tolist()
 
 

@@ -184,7 +184,8 @@ def read_message(message):
         if any(part['type'] != 'text' for part in content):
             return role, '', 'parts not text'
         content = ''.join(part['text'] for part in content)
-    if content is None or content != content:  # pandas writes NaN
+    # pandas writes NaN.
+    if content is None or content != content:
         content = ''
     if not isinstance(content, str):
         raise TypeError(f'found {str(content)[:40]!r}, expected the text of a message')
@@ -280,7 +281,8 @@ def main(argv):
     form = find_form(source, config.separator)
     print(f'{source.path} holds {form}', file=sys.stderr)
     if form == 'text':
-        config = dataclasses.replace(config, template='plain')  # the one that needs no tags
+        # The one that needs no tags.
+        config = dataclasses.replace(config, template='plain')
         examples = read_documents(source, config)
         split_rule = 'hash of the piece of text'
     else:

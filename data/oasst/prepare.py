@@ -109,7 +109,8 @@ def read_tree(root, config):
     """Return the Messages of a tree, each before its replies, the best reply first."""
     messages = []
     waiting = [(root, None)]
-    while waiting:  # no recursion, for threads can be long
+    # No recursion, for threads can be long.
+    while waiting:
         record, above = waiting.pop()
         message = read_message(record, above, config)
         messages.append(message)
@@ -181,7 +182,8 @@ def read_examples(source, config):
     def read(record):
         if 'prompt' in record:
             return record, read_tree(record['prompt'], config)
-        read_message(record, None, config)  # raises if it is none
+        # Raises if it is none.
+        read_message(record, None, config)
         return record, None
 
     for record, messages in source.records(read):
