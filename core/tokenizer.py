@@ -66,7 +66,7 @@ class Tokenizer:
 
         ValueError for half a surrogate pair, or white space too long for tiktoken's splitting.
         """
-        # Tiktoken would silently put U+FFFD where this raises.
+        # tiktoken would silently put U+FFFD where this raises.
         text.encode('utf-8')
         if len(text) > 100_000 and re.search(r'(?<!\s)\s{100000}', text):
             raise ValueError('over 100,000 characters of white space in a row')
