@@ -25,7 +25,9 @@ def pick_device(name):
         raise UserError(f'device={name!r} is not on this machine; it has {", ".join(available)}. '
                         'Use --device=auto.')
     if kind == 'cuda':
-        torch.cuda.set_device(name)
+        # set_device refuses a plain 'cuda', which is the current device anyway.
+        if number:
+            torch.cuda.set_device(name)
         # TF32 for what stays in float32.
         torch.set_float32_matmul_precision('high')
     return name

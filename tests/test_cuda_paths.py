@@ -1,0 +1,123 @@
+"""What runs on CUDA and on a Mac, tested without either."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import conftest
+import core.trainer
+import model as models
+from configurator import UserError
+from core import processes
+from core.device import pick_device
+from model import LinearCrossEntropy
+
+
+# ---- choices that depend on the machine ----
+
+@pytest.mark.parametrize('capability, dtype, width, expected', [
+    ((8, 0), torch.bfloat16, 64, True), ((9, 0), torch.float16, 256, True),
+    ((12, 0), torch.bfloat16, 8, True),
+    ((7, 5), torch.float16, 64, False), ((7, 0), torch.bfloat16, 64, False),  # T4, V100
+    ((8, 0), torch.float32, 64, False),
+    ((8, 0), torch.bfloat16, 20, False), ((8, 0), torch.bfloat16, 264, False)])
+def test_the_variable_length_kernel_is_used_where_it_works(
+        monkeypatch, capability, dtype, width, expected):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    qkv = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(10, 3 * 4 * width), device='cuda:0')
+    assert models.can_use_varlen(qkv, n_head=4) is expected
+    qkv.is_cuda = False
+    assert not models.can_use_varlen(qkv, n_head=4)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs; a list of the devices that are set."""
+    was_set = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', was_set.append, raising=False)
+    precision = torch.get_float32_matmul_precision()
+    yield was_set
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize('name, picked, was_set', [
+    ('auto', 'cuda', []), ('cuda', 'cuda', []),
+    ('cuda:0', 'cuda:0', [0]), ('cuda:1', 'cuda:1', [1])])
+def test_the_device_that_is_picked_is_set(two_gpus, name, picked, was_set):
+    """Streams and the names of devices follow the device that is set."""
+    assert pick_device(name) == picked and two_gpus == was_set
+    assert torch.get_float32_matmul_precision() == 'high'  # TF32
+
+
+@pytest.mark.parametrize('name', ['cuda:2', 'cuda:-1', 'cuda:x', 'mps'])
+def test_devices_that_are_not_there_are_refused(two_gpus, name):
+    with pytest.raises(UserError, match=f"device='{name}' is not on this machine"):
+        pick_device(name)
+
+
+def test_torchrun_on_a_mac_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    config = SimpleNamespace(device='auto', gradient_accumulation_steps=2, timeout_s=9)
+    with pytest.raises(UserError, match='^torchrun needs CUDA or --device=cpu: .*$'):
+        with processes.processes(config):
+            pass
+
+
+# ---- values ----
+
+def test_a_bfloat16_run_goes_on_in_float16(data, tmp_path, monkeypatch, no_pictures):
+    """As from an A100 to a T4: the saved state of the GradScaler is empty."""
+    def scaler(device, enabled):
+        return torch.amp.grad_scaler.GradScaler('cpu', init_scale=16.0, enabled=enabled)
+    monkeypatch.setattr(torch.amp, 'GradScaler', scaler)
+    monkeypatch.setattr(core.trainer, 'pick_dtype', lambda name, device: getattr(torch, name))
+    keys = {'lr_decay_iters': 6, 'max_iters': 2}
+    assert not conftest.run(data, tmp_path, dtype='bfloat16', **keys).scaler
+    assert conftest.resume(tmp_path, dtype='float16', max_iters=4).scaler['scale'] == 16
+    last = conftest.resume(tmp_path, dtype='bfloat16', max_iters=6)
+    assert last.step == 6 and not last.scaler
+
+
+class Mac(str):
+    """A device that says it is of another kind."""
+    type = 'mps'
+
+
+class OnMac(torch.Tensor):
+    """A tensor on the CPU that says it is on a Mac's GPU."""
+    device = property(lambda self: Mac('cpu'))
+
+
+class Products(TorchDispatchMode):
+    """Notes how many terms the sums of matrix products have."""
+
+    def __init__(self):
+        super().__init__()
+        self.terms = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ('mm', 'addmm_'):
+            self.terms.append(args[-1].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_mac_no_matrix_product_sums_over_32767_terms_or_more():
+    """From there on, torch 2.13 reads past the end on M1 and M2."""
+    torch.manual_seed(0)
+    weight = torch.randn(40_000, 8)
+    x = torch.randn(5, 8)
+    targets = torch.tensor([1, 2, 3, 39_000, 5])
+    grads = []
+    terms = []
+    for kind in (torch.Tensor, OnMac):
+        inputs = x.as_subclass(kind).requires_grad_(), weight.clone().requires_grad_()
+        with Products() as products:
+            LinearCrossEntropy.apply(*inputs, targets, 39_990).backward()
+        grads.append([part.grad.as_subclass(torch.Tensor) for part in inputs])
+        terms.append(max(products.terms))
+    assert terms[0] == 40_000 and terms[1] < 32_767
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
