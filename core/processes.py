@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -25,6 +25,7 @@ class Processes:
     rank: int
     world: int
     device: str
+    works: list = field(default_factory=list)  # sums of gradients that are under way
 
     def sum(self, *numbers):
         """The sum of each number over all processes, a list of floats."""
@@ -40,12 +41,20 @@ class Processes:
         module = LossModule(model)
         if self.world > 1:
             module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-            module.register_comm_hook(None, sum_gradients)
+            module.register_comm_hook(self.works, sum_gradients)
         return module
 
     def no_sync(self, module):
         """A context in which backward keeps the gradients of this process to itself."""
         return module.no_sync() if self.world > 1 else nullcontext()
+
+    def wait(self):
+        """Wait until the gradients are summed, timeout_s at most.
+
+        Without this, reading the loss from a GPU would wait for a lost process forever.
+        """
+        while self.works:
+            self.works.pop(0).wait()
 
 
 class LossModule(nn.Module):
@@ -59,12 +68,13 @@ class LossModule(nn.Module):
         return self.model.loss(batch)
 
 
-def sum_gradients(_, bucket):
+def sum_gradients(works, bucket):
     """Communication hook: the sum, where DDP divides by the number of processes.
 
     A step divides by its number of supervised tokens instead, see train.py.
     """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
+    works.append(work)
     return work.get_future().then(lambda future: future.value()[0])
 
 
@@ -86,7 +96,7 @@ def processes(config):
     backend = 'gloo'
     device_id = None
     if device.startswith('cuda'):
-        # One GPU each, whichever --device names. The variable lets us notice a lost process.
+        # One GPU each, whichever --device names. With the variable, wait() notices a lost process.
         backend = 'nccl'
         os.environ['TORCH_NCCL_BLOCKING_WAIT'] = '1'
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")

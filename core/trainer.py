@@ -128,13 +128,15 @@ class Trainer:
                     loss = self.loss(batch) * weight
                 self.scaler.scale(loss / n_tokens).backward()
             losses.append(loss.detach())
+        procs.wait()
         # float16 multiplies the loss by a scale; the norm is of the true gradients.
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.grad_norm = norm.item()
         # A signal to one of the processes must stop all of them after the same step.
-        loss_sum, n_asked = procs.sum(sum(loss.item() for loss in losses), request.asked)
+        losses = torch.stack(losses).tolist()  # the only other read from the device
+        loss_sum, n_asked = procs.sum(sum(losses), request.asked)
         self.stopped = n_asked > 0
         is_finite = math.isfinite(loss_sum) and math.isfinite(self.grad_norm)
         for group in self.optimizer.param_groups:

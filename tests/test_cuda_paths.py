@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import conftest
@@ -11,6 +12,7 @@ import model as models
 from configurator import UserError
 from core import processes
 from core.device import pick_device
+from core.processes import Processes
 from model import LinearCrossEntropy
 
 
@@ -121,3 +123,46 @@ def test_on_a_mac_no_matrix_product_sums_over_32767_terms_or_more():
         terms.append(max(products.terms))
     assert terms[0] == 40_000 and terms[1] < 32_767
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+
+
+# ---- a lost process ----
+
+def test_a_step_waits_for_the_gradients_before_it_reads_a_value(
+        data, tmp_path, monkeypatch, no_pictures):
+    """Reading waits forever if a process is lost. Processes.wait gives up after timeout_s."""
+    events = []
+
+    def note(owner, name, event):
+        plain = getattr(owner, name)
+
+        def noting(*args):
+            events.append(event)
+            return plain(*args)
+        monkeypatch.setattr(owner, name, noting)
+
+    note(torch.Tensor, 'item', 'read')
+    note(torch.Tensor, 'tolist', 'read')
+    note(Processes, 'wait', 'wait')
+    note(core.trainer.Trainer, 'train_step', 'step')
+    conftest.run(data, tmp_path, max_iters=1)
+    step = events[events.index('step'):]
+    assert step[1] == 'wait' and 'read' in step
+
+
+def test_wait_waits_for_every_sum_of_gradients(monkeypatch):
+    class Work:
+        """A sum that is lost when it is waited for, as with a process that ended."""
+        def wait(self):
+            raise dist.DistBackendError('timeout')
+
+        def get_future(self):
+            future = torch.futures.Future()
+            future.set_result([torch.zeros(1)])
+            return future
+    monkeypatch.setattr(dist, 'all_reduce', lambda tensor, async_op: Work())
+    procs = Processes(0, 2, 'cpu')
+    procs.wait()  # nothing is under way
+    bucket = SimpleNamespace(buffer=lambda: torch.zeros(1))
+    processes.sum_gradients(procs.works, bucket)
+    with pytest.raises(dist.DistBackendError):
+        procs.wait()
