@@ -1,0 +1,187 @@
+"""Run the CUDA paths on fake CUDA tensors: they have shapes, dtypes and devices, but no values.
+
+    python tests/fake_cuda.py LIBRARY       # made of fake_cuda.cpp, see tests/test_cuda_paths.py
+
+Prints a line of JSON: what each case did. In a process of its own, because torch looks for devices
+only once, when it is imported and at the first backward pass.
+"""
+import ctypes
+import json
+import os
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+ctypes.CDLL(sys.argv[1])  # before torch looks for devices
+
+import numpy as np
+import torch
+import torch._dynamo  # while torch.Generator is still a type, see main
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import train
+from core.decoding_weights import prepare
+from core.generate import Sampling, generate
+from core.processes import Processes
+from core.rows import Rows
+from core.trainer import Trainer
+from model import GPT, GPTConfig
+from web.batching import Batch, Request
+
+# How a value is read, and how a tensor is copied: the last forms are those of inference mode.
+READS = ('_local_scalar_dense', 'item', 'is_nonzero')
+PRODUCTS = ('mm', 'addmm', 'linear')
+COPIES = ('_to_copy', 'copy_', 'to')
+
+
+class NoValues(FakeTensorMode):
+    """Tensors without values, not even those that torch.tensor makes."""
+    avoid_device_init = True
+
+    def may_turn_const(self, tensor):
+        return False
+
+
+class Record(TorchDispatchMode):
+    """Counts operators, and what goes between CPU and GPU. Answers when a value is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+        self.dtypes = set()  # of matrix products
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READS:
+            self.counts['reads'] += args[0].is_cuda
+            return args[0].dtype.is_floating_point or args[0].dtype == torch.bool or 3
+        result = func(*args, **(kwargs or {}))
+        self.counts[name] += 1
+        if name in PRODUCTS:
+            self.dtypes.add(str(result.dtype).removeprefix('torch.'))
+        if name in COPIES:
+            *_, source = filter(torch.is_tensor, args)
+            self.counts['copies'] += result.is_cuda and not source.is_cuda
+        return result
+
+    def facts(self):
+        """What was counted since the last call."""
+        counts = dict(self.counts)
+        self.counts.clear()
+        return {**counts, 'dtypes': sorted(self.dtypes)}
+
+
+@contextmanager
+def gpu(capability):
+    """A machine with one GPU of this compute capability; yields a Record."""
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or capability >= (8, 0)
+
+    no_values = NoValues(allow_non_fake_inputs=True)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda device=None: capability
+    torch.cuda.is_bf16_supported = is_bf16_supported
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    with no_values, Record() as record:
+        yield record
+
+
+def make_model(n_layer):
+    """A real model on the CPU; its weights lose their values when they are moved to the GPU."""
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=32, block_size=32, vocab_size=200))
+    for block in model.transformer.h:  # transposed views, as those of transformers' files are
+        block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.t().contiguous().t()
+    return model
+
+
+def is_contiguous(model):
+    return all(p.is_contiguous() for p in model.parameters())
+
+
+class Split:
+    """Five conversations of 5 to 30 tokens."""
+    name = 'train'
+    lengths = np.array([5, 9, 17, 8, 30])
+    n_supervised = lengths - 2
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        ids = np.arange(self.lengths[i], dtype=np.uint16)
+        return ids, (ids >= 2).astype(np.uint8)
+
+
+def train_step(dtype, capability=(9, 0), n_layer=2):
+    """An optimizer step of two micro-batches, and an evaluation."""
+    model = make_model(n_layer)
+    with gpu(capability) as record:
+        config = train.Config(batch_size=1, gradient_accumulation_steps=2, block_size=32,
+                              dtype=dtype, max_iters=9, dropout=0.1)
+        state = SimpleNamespace(step=0, seconds=0.0, interval=(0.0, 0), optimizer=None)
+        opened = SimpleNamespace(model=model, checkpoint=state, description='')
+        rows = Rows(Split(), 32, seed=1)
+        trainer = Trainer(config, Processes(0, 1, 'cuda'), opened, rows, rows, last_row=99)
+        trainer.model.train()
+        request = SimpleNamespace(asked=False)
+        record.facts()
+        trainer.train_step(request)
+        facts = record.facts()
+        trainer.evaluate(request)
+        return facts | {'contiguous': is_contiguous(trainer.model)}
+
+
+def write(dtype, capability=(9, 0), n_layer=2):
+    """Four tokens of answers to prompts of different and of equal lengths."""
+    model = make_model(n_layer)
+    with gpu(capability) as record:
+        prepare(model, 'cuda', dtype)
+        likeliest = Sampling(temperature=0)
+        sampled = Sampling(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
+                           no_repeat_ngram_size=2, frequency_penalty=0.1)
+        for sampling in (sampled, likeliest):
+            record.facts()
+            steps = list(generate(model, [[1, 2], [3, 4, 5], [6, 7]], 4, sampling, num_samples=2))
+            assert len(steps) == 4, steps
+        return record.facts() | {'contiguous': is_contiguous(model),
+                                 'cudnn': torch.backends.cuda.cudnn_sdp_enabled()}
+
+
+def write_together(dtype, capability=(9, 0), n_layer=2):
+    """Three requests in two places: answers join and leave, and a text goes on from another."""
+    model = make_model(n_layer)
+    finishes = []
+
+    def deliver(ids, finish):
+        if finish:
+            finishes.append(finish)
+
+    with gpu(capability) as record:
+        prepare(model, 'cuda', dtype)
+        record.facts()
+        batch = Batch(model, size=2)
+        for prompt in ([1, 2, 4], [5, 6], [1, 2, 4, 3, 9]):
+            batch.waiting.append(Request(prompt, 4, deliver, Sampling(top_k=5)))
+        with torch.inference_mode():
+            while batch.waiting or batch.busy:
+                batch.round()
+        return record.facts() | {'finishes': finishes}
+
+
+def main():
+    results = {}
+    torch.Generator = lambda device: torch.default_generator  # the CPU build has none for CUDA
+    for case in (train_step, write, write_together):
+        for dtype in ('float32', 'bfloat16', 'float16', 'auto'):
+            results[f'{case.__name__} {dtype}'] = case(dtype)
+        results[f'{case.__name__} deep'] = case('auto', n_layer=5)
+        results[f'{case.__name__} T4'] = case('auto', capability=(7, 5))
+    print(json.dumps(results))
+
+
+if __name__ == '__main__':
+    main()
