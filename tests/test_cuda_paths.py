@@ -21,7 +21,6 @@ import core.trainer
 import model as models
 from configurator import UserError
 from core import processes
-from core.device import pick_device
 from core.processes import Processes
 from model import LinearCrossEntropy
 
@@ -98,33 +97,6 @@ def test_the_variable_length_kernel_is_used_where_it_works(
     assert models.can_use_varlen(qkv, n_head=4) is expected
     qkv.is_cuda = False
     assert not models.can_use_varlen(qkv, n_head=4)
-
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """A machine with two GPUs; a list of the devices that are set."""
-    was_set = []
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch._C, '_cuda_setDevice', was_set.append, raising=False)
-    precision = torch.get_float32_matmul_precision()
-    yield was_set
-    torch.set_float32_matmul_precision(precision)
-
-
-@pytest.mark.parametrize('name, picked, was_set', [
-    ('auto', 'cuda', []), ('cuda', 'cuda', []),
-    ('cuda:0', 'cuda:0', [0]), ('cuda:1', 'cuda:1', [1])])
-def test_the_device_that_is_picked_is_set(two_gpus, name, picked, was_set):
-    """Streams and the names of devices follow the device that is set."""
-    assert pick_device(name) == picked and two_gpus == was_set
-    assert torch.get_float32_matmul_precision() == 'high'  # TF32
-
-
-@pytest.mark.parametrize('name', ['cuda:2', 'cuda:-1', 'cuda:x', 'mps'])
-def test_devices_that_are_not_there_are_refused(two_gpus, name):
-    with pytest.raises(UserError, match=f"device='{name}' is not on this machine"):
-        pick_device(name)
 
 
 def test_torchrun_on_a_mac_is_refused_in_one_line(monkeypatch):

@@ -29,11 +29,11 @@ from core.device import pick_device, pick_dtype
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """This machine seems to have two; returns the list of those that were chosen."""
+    """This machine seems to have two; returns the list of those that were chosen, numbers."""
     chosen = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     precision = torch.get_float32_matmul_precision()
     yield chosen
@@ -42,8 +42,9 @@ def two_gpus(monkeypatch):
 
 def test_a_device_is_picked_or_refused_with_those_that_there_are(two_gpus):
     assert pick_device('cpu') == 'cpu' and two_gpus == []
-    assert pick_device('auto') == 'cuda'
-    assert pick_device('cuda:1') == 'cuda:1' and two_gpus == ['cuda', 'cuda:1']
+    assert pick_device('auto') == pick_device('cuda') == 'cuda'
+    assert pick_device('cuda:1') == 'cuda:1' and two_gpus == [1]
+    assert torch.get_float32_matmul_precision() == 'high'  # TF32
     for name in ('mps', 'cuda:2', 'cuda:x', 'gpu'):
         with pytest.raises(UserError, match=f"device='{name}' is not on.*it has cuda, cpu"):
             pick_device(name)
@@ -92,7 +93,7 @@ def test_under_torchrun_each_process_has_a_gpu_of_its_own(torchrun, two_gpus, ra
     with pytest.raises(SystemExit):
         with processes.processes(asked(device=device)) as procs:
             assert (procs.rank, procs.world, procs.device) == (rank, 2, f'cuda:{rank}')
-    assert two_gpus[-1] == f'cuda:{rank}'
+    assert two_gpus[-1] == rank
     assert started['backend'] == 'nccl' and started['device_id'] == torch.device(f'cuda:{rank}')
     assert os.environ['TORCH_NCCL_BLOCKING_WAIT'] == '1'  # else a lost process goes unnoticed
 
