@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -173,13 +174,17 @@ def write_together(dtype, capability=(9, 0), n_layer=2):
 
 
 def main():
-    results = {}
     torch.Generator = lambda device: torch.default_generator  # the CPU build has none for CUDA
+    variants = {'deep': {'n_layer': 5}, 'T4': {'capability': (7, 5)}}
+    results = {}
     for case in (train_step, write, write_together):
-        for dtype in ('float32', 'bfloat16', 'float16', 'auto'):
-            results[f'{case.__name__} {dtype}'] = case(dtype)
-        results[f'{case.__name__} deep'] = case('auto', n_layer=5)
-        results[f'{case.__name__} T4'] = case('auto', capability=(7, 5))
+        for name in ('float32', 'bfloat16', 'float16', 'auto', *variants):
+            dtype = 'auto' if name in variants else name
+            try:
+                found = case(dtype, **variants.get(name, {}))
+            except Exception:
+                found = {'failed': traceback.format_exc()}
+            results[f'{case.__name__} {name}'] = found
     print(json.dumps(results))
 
 
