@@ -1,6 +1,7 @@
 # make demo: install, train a small base on prose, tune it on conversations and ask both, on two cores
 # make chat: open the tuned model in the browser, beside its base (after make demo)
 # make test: install what the tests need and run them
+# make gpu: check that every path is right on your CUDA card, and time it (9 minutes)
 # make lint: look for mistakes that a program can find
 #
 # On Linux, plain torch brings gigabytes of CUDA libraries. For the small CPU build:
@@ -20,6 +21,9 @@ chat: .venv/serve
 
 test: .venv/test
 	$(BIN)/python -m pytest -q tests
+
+gpu: .venv/serve
+	$(BIN)/python bench/gpu.py
 
 lint: .venv/test
 	$(BIN)/ruff check .
@@ -41,4 +45,4 @@ lint: .venv/test
 clean:
 	rm -rf .venv out
 
-.PHONY: demo chat test lint clean
+.PHONY: demo chat test gpu lint clean

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 import configurator
 from configurator import REPOSITORY, UserError
@@ -81,3 +82,14 @@ def test_an_unknown_player_is_refused(name):
 def test_a_player_of_another_checkout_needs_that_checkout():
     with pytest.raises(UserError, match='--other=FOLDER'):
         configurator.load(load('decoding').Config, ['--players=other-hf-float32'])
+
+
+def test_the_checks_of_a_gpu_find_nothing_on_a_cpu(bench):
+    out = bench('gpu', '--device=cpu', '--shape=tiny', '--parts=attention,gradients,steps,answers')
+    assert out.endswith('nothing failed\n')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_without_a_gpu_that_is_said_in_one_line():
+    with pytest.raises(UserError, match='^bench/gpu.py needs CUDA, and torch finds none here.'):
+        load('gpu').main([])
