@@ -36,8 +36,9 @@ GOLDEN = [
       'context. Write a response that appropriately completes the request.\n\n### Instruction:\n'
       'Add.\n\n### Input:\n1 and 2\n\n### Response:\n', ('3', EOT)]),
     ('alpaca-short', HI, ['### Instruction:\nHi\n\n### Response:\n', ('Hello', EOT)]),
-    ('alpaca-short', ADD, ['### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n',
-                           ('3', EOT)]),
+    ('alpaca-short', [Turn('user', '{context}{text}', '1 {text}'), HI[1]],
+     ['### Instruction:\n{context}{text}\n\n### Input:\n1 {text}\n\n### Response:\n',
+      ('Hello', EOT)]),
     ('plain', HI, ['Hi', (' Hello', EOT)]),
     ('question', HI, ['Question: Hi\nAnswer:', (' Hello', EOT)]),
     ('dialogpt', [*HI, *SO], ['Hi', EOT, ('Hello', EOT), 'How?', EOT, ('So.', EOT)]),

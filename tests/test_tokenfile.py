@@ -134,8 +134,9 @@ def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path, n):
     write(tmp_path)
     before = contents(tmp_path)
     with (pytest.raises(UserError, match='cannot write to .*: No space left on device. Make room'),
-          Writer(str(tmp_path), ('train', 'val')) as writer, open('/dev/full', 'wb') as full):
-        writer.files['train', '.bin'] = full
+          Writer(str(tmp_path), ('train', 'val')) as writer):
+        full = os.fdopen(os.open('/dev/full', os.O_WRONLY), 'wb')
+        writer.files['train', '.bin'] = writer.stack.enter_context(full)
         writer.add('train', np.zeros(n), np.ones(n), [n])
         writer.finish(META)
     assert contents(tmp_path) == before

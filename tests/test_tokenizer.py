@@ -161,7 +161,8 @@ def swap(vocab, i, j):
 
 WRONG = {
     'ids have gaps': lambda vocab, merges: ({t: i + (i > 300) for t, i in vocab.items()}, merges),
-    'no byte 0': lambda vocab, merges: ({t: i - 1 for t, i in vocab.items() if i}, []),
+    'no byte 0': lambda vocab, merges: (
+        {t: i for i, t in enumerate([*list(vocab)[1:256], 'aa'])}, []),
     'not a byte': lambda vocab, merges: (vocab | {'日': len(vocab)}, merges),
     'another order': lambda vocab, merges: (swap(vocab, 300, 301), merges),
     'a merge less': lambda vocab, merges: (vocab, merges[:-1]),
