@@ -61,10 +61,8 @@ class Writer:
         return self
 
     def __exit__(self, kind, error, traceback):
-        try:
+        with contextlib.suppress(OSError):  # closing a file fails on a full disk, too
             self.stack.close()
-        except OSError as failed:  # closing a file fails on a full disk, too
-            error = error or failed
         if isinstance(error, OSError):
             raise UserError(f'cannot write to {self.folder}: {error.strerror}. Make room, or use '
                             '--out_dir=FOLDER.') from None

@@ -66,8 +66,6 @@ class Tokenizer:
 
         ValueError for half a surrogate pair, or white space too long for tiktoken's splitting.
         """
-        # tiktoken would silently put U+FFFD where this raises.
-        text.encode('utf-8')
         if len(text) > 100_000 and re.search(r'(?<!\s)\s{100000}', text):
             raise ValueError('over 100,000 characters of white space in a row')
         return self._bpe.encode_to_numpy(text, disallowed_special=())
@@ -78,7 +76,6 @@ class Tokenizer:
 
     def encode_with_tags(self, text):
         """For text typed by whoever runs the script: special tokens in it count as such."""
-        text.encode('utf-8')
         return self._bpe.encode_to_numpy(text, allowed_special='all')
 
     def decode_bytes(self, ids):
