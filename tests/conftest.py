@@ -174,7 +174,8 @@ def save_model():
         torch.manual_seed(0)
         shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 64} | shape
         model = GPT(GPTConfig(vocab_size=bpe.vocab_size, **shape))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if steps:  # torch imports a lot for it
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(steps):
             ids, mask, _ = conversation.encode(JAPAN, bpe, template)
             ids = torch.tensor(ids.astype(int))

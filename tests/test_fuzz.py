@@ -17,9 +17,9 @@ def target(request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('target', fuzz.TARGETS, indirect=True)
 def test_no_damage_breaks_a_promise(target):
-    for data in fuzz.inputs(150, seed=5):
+    for data in fuzz.inputs(100, seed=5):
         target.check(data)
-    assert 5 < target.n_read < 145  # refused are some, and not all
+    assert 2 < target.n_read < 98  # refused are some, and not all
 
 
 def leave_out(*arguments):

@@ -206,7 +206,7 @@ def message(name, role, text, *replies):
 
 
 def test_the_three_commands_one_after_another_end_in_text(
-        tmp_path, monkeypatch, capsys, vocabulary, save_model):
+        tmp_path, monkeypatch, capsys, vocabulary, save_model, no_pictures):
     """The third takes the run saved last, and says which."""
     monkeypatch.chdir(tmp_path)
     with open('trees.jsonl', 'w') as file:
