@@ -33,33 +33,24 @@ def random_gpt2(**shape):
     return theirs
 
 
-@torch.no_grad()
-def assert_same_logits(ours, theirs):
-    idx = torch.randint(ours.config.vocab_size, (2, 40))
-    assert torch.allclose(ours.eval()(idx), theirs(idx).logits, atol=1e-4)
-
-
 @pytest.mark.parametrize('name', SHAPES)
+@torch.no_grad()
 def test_logits_equal_those_of_transformers(name, tmp_path):
     theirs = random_gpt2(**SHAPES[name])
     theirs.save_pretrained(tmp_path)
-    if name == 'DialoGPT':  # its published file is pickled and has the tied head and masks, too
-        (tmp_path / 'model.safetensors').unlink()
-        state = dict(theirs.state_dict())
+    state = theirs.state_dict()
+    if name == 'gpt2':  # its published file has h.0.ln_1.weight for transformer.h.0.ln_1.weight
+        state = {key.removeprefix('transformer.'): p for key, p in state.items()}
+    if name == 'DialoGPT':  # its published file has the tied head and masks, too
         for layer in range(3):
             state[f'transformer.h.{layer}.attn.bias'] = torch.ones(1, 1, 1024, 1024).tril().bool()
             state[f'transformer.h.{layer}.attn.masked_bias'] = torch.tensor(-1e4)
+    if name in ('gpt2', 'DialoGPT'):
+        (tmp_path / 'model.safetensors').unlink()
         torch.save(state, tmp_path / 'pytorch_model.bin')
-    ours = from_transformers(read_config(tmp_path), read_weights(tmp_path))
-    assert_same_logits(ours, theirs)
-
-
-def test_names_without_the_transformer_prefix_are_read():
-    """gpt2's own file on the hub has h.0.ln_1.weight for transformer.h.0.ln_1.weight."""
-    theirs = random_gpt2(**SHAPES['gpt2'], vocab_size=100)
-    bare = {name.removeprefix('transformer.'): p for name, p in theirs.state_dict().items()}
-    del bare['lm_head.weight']
-    assert_same_logits(from_transformers(theirs.config.to_dict(), bare), theirs)
+    ours = from_transformers(read_config(tmp_path), read_weights(tmp_path)).eval()
+    idx = torch.randint(50257, (2, 40))
+    assert torch.allclose(ours(idx), theirs(idx).logits, atol=1e-4)
 
 
 # ---- the loss of packed conversations ----
@@ -183,15 +174,25 @@ def loss_and_gradients(way, x, weight, targets, n_classes, dtype=torch.float32):
     return [loss.detach(), x.grad, weight.grad]
 
 
-# One row at a time; five, with two left over; all at once.
-@pytest.mark.parametrize('at_once', [1, 256 * 5, 1 << 25])
-def test_the_fused_loss_equals_the_plain_one(monkeypatch, at_once):
-    monkeypatch.setitem(models.LOGITS_AT_ONCE, 'cpu', at_once)
+@pytest.mark.parametrize('at_once, chunks', [
+    (1, 17 * [1]), (256 * 5, [5, 5, 5, 2]), (1 << 25, [17])])
+def test_the_fused_loss_equals_the_plain_one(monkeypatch, at_once, chunks):
+    """And logits exist for a chunk at a time."""
     torch.manual_seed(0)
     case = torch.randn(17, 32), torch.randn(256, 32), torch.randint(211, (17,)), 211
+    expected = loss_and_gradients(plain, *case)
+    found_chunks = []
+    log_softmax = torch.Tensor.log_softmax
+
+    def spy(logits, *arguments, **options):
+        found_chunks.append(len(logits))
+        return log_softmax(logits, *arguments, **options)
+    monkeypatch.setitem(models.LOGITS_AT_ONCE, 'cpu', at_once)
+    monkeypatch.setattr(torch.Tensor, 'log_softmax', spy)
     found = loss_and_gradients(fused, *case)
-    for ours, expected in zip(found, loss_and_gradients(plain, *case)):
-        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    assert found_chunks == chunks
+    for ours, theirs in zip(found, expected):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not found[2][211:].any()  # padding rows learn nothing
 
 
@@ -215,19 +216,6 @@ def test_the_fused_loss_makes_no_gradient_that_nobody_wants():
         loss = fused(*case)
     assert loss.grad_fn is None
     assert torch.allclose(loss, plain(*case))
-
-
-def test_logits_exist_for_a_chunk_at_a_time(monkeypatch):
-    monkeypatch.setitem(models.LOGITS_AT_ONCE, 'cpu', 1000)
-    sizes = []
-    log_softmax = torch.Tensor.log_softmax
-
-    def spy(logits, *arguments, **options):
-        sizes.append(logits.numel())
-        return log_softmax(logits, *arguments, **options)
-    monkeypatch.setattr(torch.Tensor, 'log_softmax', spy)
-    fused(torch.randn(90, 8), torch.randn(100, 8), torch.zeros(90, dtype=torch.int64), 100)
-    assert sizes == [1000] * 9
 
 
 # ---- the vocabulary ----

@@ -3,24 +3,14 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
-from conftest import (
-    ROOT,
-    SMALL,
-    assert_near,
-    assert_same_bits,
-    exit_codes,
-    flags,
-    resume,
-    run,
-    wait_for,
-)
+import train
+from configurator import REPOSITORY, UserError
+from conftest import SMALL, assert_near, assert_same_run, exit_codes, flags, resume, run, wait_for
 from core import checkpoint, processes
 from core.device import pick_device, pick_dtype
 
@@ -57,70 +47,55 @@ def test_float16_needs_cuda():
         pick_dtype('float16', 'cpu')
 
 
-def asked(**keys):
-    """The keys of train.Config that processes() looks at."""
-    return SimpleNamespace(**{'device': 'auto', 'gradient_accumulation_steps': 4, 'timeout_s': 60}
-                           | keys)
-
-
 @pytest.fixture
 def torchrun(monkeypatch):
-    """A function that sets torchrun's environment; nothing is started. Returns what init got."""
-    started = {}
-
-    def init(backend, **options):
-        started.update(options, backend=backend)
+    """A function: processes() as if torchrun had started it, here; returns what init got."""
+    init = {}
 
     def leave(status):
         raise SystemExit(status)
+    monkeypatch.setattr(dist, 'init_process_group',
+                        lambda backend, **options: init.update(options, backend=backend))
+    monkeypatch.setattr(dist, 'barrier', lambda: None)
+    monkeypatch.setattr(os, '_exit', leave)
+    monkeypatch.setenv('TORCH_NCCL_BLOCKING_WAIT', '0')
 
-    def run(rank, world):
+    def run(rank, world, device):
         monkeypatch.setenv('RANK', str(rank))
         monkeypatch.setenv('LOCAL_RANK', str(rank))
         monkeypatch.setenv('WORLD_SIZE', str(world))
-        monkeypatch.setenv('TORCH_NCCL_BLOCKING_WAIT', '0')
-        return started
-    monkeypatch.setattr(dist, 'init_process_group', init)
-    monkeypatch.setattr(dist, 'barrier', lambda: None)
-    monkeypatch.setattr(os, '_exit', leave)
+        config = train.Config(device=device, gradient_accumulation_steps=4, timeout_s=60)
+        return processes.processes(config), init
     return run
 
 
 @pytest.mark.parametrize('device', ['auto', 'cuda', 'cuda:1'])
 @pytest.mark.parametrize('rank', [0, 1])
 def test_under_torchrun_each_process_has_a_gpu_of_its_own(torchrun, two_gpus, rank, device):
-    started = torchrun(rank, 2)
+    entered, init = torchrun(rank, 2, device)
     with pytest.raises(SystemExit):
-        with processes.processes(asked(device=device)) as procs:
+        with entered as procs:
             assert (procs.rank, procs.world, procs.device) == (rank, 2, f'cuda:{rank}')
     assert two_gpus[-1] == rank
-    assert started['backend'] == 'nccl' and started['device_id'] == torch.device(f'cuda:{rank}')
+    assert init['backend'] == 'nccl' and init['device_id'] == torch.device(f'cuda:{rank}')
     assert os.environ['TORCH_NCCL_BLOCKING_WAIT'] == '1'  # else a lost process goes unnoticed
 
 
-def test_on_cpus_processes_speak_gloo(torchrun):
-    started = torchrun(1, 2)
+@pytest.mark.parametrize('rank, said', [(0, 'a mistake\n'), (1, '')])
+def test_a_mistake_is_printed_by_one_process_and_ends_all_with_2(torchrun, capsys, rank, said):
+    entered, init = torchrun(rank, 2, 'cpu')
     with pytest.raises(SystemExit) as left:
-        with processes.processes(asked(device='cpu')) as procs:
-            assert procs.device == 'cpu'
-    assert left.value.code == 0
-    assert started['backend'] == 'gloo' and started['timeout'].total_seconds() == 60
+        with entered:
+            raise UserError('a mistake')
+    assert left.value.code == 2 and capsys.readouterr().err == said
+    assert init['backend'] == 'gloo' and init['timeout'].total_seconds() == 60
 
 
 def test_micro_batches_that_cannot_be_shared_are_a_line(torchrun):
-    torchrun(0, 3)
+    entered, _ = torchrun(0, 3, 'cpu')
     with pytest.raises(UserError, match='=4 cannot be shared equally by 3 processes.*of 3'):
-        with processes.processes(asked(device='cpu')):
+        with entered:
             pass
-
-
-@pytest.mark.parametrize('rank, said', [(0, 'a mistake\n'), (1, '')])
-def test_a_mistake_is_printed_by_one_process_and_ends_them_all_with_2(torchrun, capsys, rank, said):
-    torchrun(rank, 2)
-    with pytest.raises(SystemExit) as left:
-        with processes.processes(asked(device='cpu')):
-            raise UserError('a mistake')
-    assert left.value.code == 2 and capsys.readouterr().err == said
 
 
 # ---- memory ----
@@ -147,7 +122,7 @@ print(faults())
 @pytest.mark.skipif(sys.platform != 'linux', reason="glibc's malloc is Linux's")
 def test_freed_memory_is_kept_for_the_next_tensor():
     """Counted in page faults: 10 tensors of 64 MiB are 163,840 pages of 4 KiB."""
-    found = subprocess.run([sys.executable, '-c', FAULTS], cwd=ROOT, capture_output=True, text=True,
+    found = subprocess.run([sys.executable, '-c', FAULTS], cwd=REPOSITORY, capture_output=True, text=True,
                            check=True)
     without, kept = map(int, found.stdout.split())
     if without < 80_000:
@@ -164,7 +139,7 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path):
     one = run(data, tmp_path / '1', **keys)
     assert one.step == 14
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               f'{ROOT}/train.py', *flags(data, tmp_path / '2', **keys)]
+               f'{REPOSITORY}/train.py', *flags(data, tmp_path / '2', **keys)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('| val_loss') == 3 and done.stdout.count('finished') == 1
@@ -186,9 +161,7 @@ def test_a_signal_to_one_of_two_stops_both_and_they_go_on_to_the_same_bits(data,
     argv = ['--init_from=resume', f'--out_dir={tmp_path / "parts"}']
     assert exit_codes(start(argv, tmp_path / 'resumed', 2)) == [0, 0]
     assert 'not bit for bit' not in (tmp_path / 'resumed').read_text()
-    saved = [checkpoint.load(tmp_path / name / 'ckpt.pt') for name in ('whole', 'parts')]
-    assert saved[0].step == saved[1].step == 40
-    assert_same_bits(saved[0].model, saved[1].model)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
 @pytest.mark.parametrize('lost', [0, 1])

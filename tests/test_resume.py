@@ -1,7 +1,6 @@
 """Nothing is lost: stopped at any step, killed between any two files, on a full disk."""
 import dataclasses
 import os
-import pathlib
 import resource
 import shutil
 import signal
@@ -12,21 +11,8 @@ import pytest
 import torch
 
 from configurator import UserError
-from conftest import (
-    ROOT,
-    SMALL,
-    WORDS,
-    assert_same_run,
-    exit_codes,
-    flags,
-    log_of,
-    resume,
-    run,
-    wait_for,
-    write_data,
-)
-from core import checkpoint, rows, runlog, tokenfile, tokenizer
-from core.conversation import Turn
+from conftest import ROOT, SMALL, assert_same_run, exit_codes, flags, log_of, resume, run, wait_for
+from core import checkpoint, rows, runlog
 from core.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures('no_pictures')
@@ -93,20 +79,17 @@ def test_a_second_signal_stops_at_once(data, tmp_path, start):
     assert not list(out_dir.glob('*.pt'))
 
 
-def test_the_line_that_resumes_can_be_run_as_it_stands(data, tmp_path, start):
-    """With a space, quotes and umlauts in out_dir, which is relative to another folder."""
-    output = tmp_path / 'output'
-    keys = SMALL | {'eval_interval': 100_000, 'max_iters': 100_000, 'log_interval': 1}
-    process, = start(flags(data, "größe 'x' [1]/$HOME", **keys), output, cwd=str(tmp_path))
-    wait_for('| loss', output, [process])
-    os.kill(process.pid, signal.SIGINT)
-    assert exit_codes([process]) == [0], output.read_text()
-    _, _, rest = output.read_text().partition('Go on: python ')
-    command = f'{sys.executable} {ROOT}/{rest.splitlines()[0]} --max_iters=1'
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True,
-                          timeout=60)
+def test_the_line_that_resumes_can_be_run(data, tmp_path, stop_after, monkeypatch, capsys):
+    """As it stands, with a space, quotes and umlauts in out_dir, relative to another folder."""
+    monkeypatch.chdir(tmp_path)
+    stop_after(2)
+    run(data, "größe 'x' [1]/$HOME", **SMALL)
+    _, _, rest = capsys.readouterr().out.partition('Go on: python ')
+    command = f'{sys.executable} {ROOT}/{rest.splitlines()[0]} --max_iters=3'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and 'finished' in done.stdout, done.stderr
     assert 'not bit for bit' not in done.stdout
+    assert done.stderr == '' and '\r' not in done.stdout  # no progress bar in a pipe
 
 
 # ---- killed ----
@@ -210,16 +193,6 @@ def test_a_folder_that_cannot_be_written_to_is_a_line(data, tmp_path, monkeypatc
 
 # ---- what may change, and what may not ----
 
-@pytest.fixture(scope='module')
-def more_data(data, learn):
-    """Beside colours: `other`, in the same vocabulary, and `alien` in another."""
-    turns = [Turn('user', WORDS[0]), Turn('assistant', WORDS[1])]
-    same = tokenizer.from_state(tokenfile.read_meta(f'{data}/colours')['tokenizer'])
-    another = tokenizer.load(learn([' '.join(WORDS)] * 20, 290))
-    for name, bpe in (('other', same), ('alien', another)):
-        write_data(pathlib.Path(data, name), bpe, {'train': [turns], 'val': [turns]})
-
-
 @pytest.mark.parametrize('changes, said', [
     ({'n_layer': 3}, 'n_layer was 2, now 3'),
     ({'n_embd': 64}, 'n_embd was 32, now 64'),
@@ -229,11 +202,11 @@ def more_data(data, learn):
     ({'beta2': 0.99}, 'beta2 was 0.95, now 0.99'),
     ({'seed': 1}, 'seed was 1337, now 1'),
     ({'dropout': 0.0}, 'dropout was 0.1, now 0.0'),
-    ({'dataset': 'other'}, 'other is not the data that'),
+    ({'dataset': 'unvalidated'}, 'unvalidated is not the data that'),
     ({'dataset': 'alien'}, 'the data another'),
     ({'block_size': 32}, 'block_size was 64, now 32'),
     ({'block_size': 128}, 'block_size=128 exceeds the 64 positions')])
-def test_what_would_be_another_run_is_refused(more_data, copy, changes, said):
+def test_what_would_be_another_run_is_refused(copy, changes, said):
     before = {path: path.read_bytes() for path in copy.iterdir()}
     with pytest.raises(UserError, match=said) as error:
         resume(copy, max_iters=13, **changes)

@@ -6,10 +6,9 @@ import types
 
 import pytest
 
-import train
 from configurator import UserError
 from conftest import resume, run
-from core import checkpoint, runlog
+from core import runlog
 from core.trainer import Trainer
 
 SMALL = {'max_iters': 8, 'lr_decay_iters': 8, 'eval_interval': 4}
@@ -82,27 +81,12 @@ def test_wandb_gets_the_numbers_of_log_csv_and_nanogpts_keys(data, tmp_path, wan
     assert keys['config'] == saved.config and keys['resume'] == 'auto'
 
 
-def test_of_several_processes_only_the_first_logs(data, tmp_path, wandb):
-    config = train.Config(log='wandb', out_dir=str(tmp_path))
-    log = runlog.RunLog(config, state_at(0), silent=True)
-    log.write(step=2, loss='1.5')
-    log.say('a line')
-    log.finish()
-    assert not os.listdir(tmp_path) and not wandb.asked
-
-
-def state_at(step):
-    """The state of a run of which only the step matters."""
-    return checkpoint.Checkpoint({}, {}, 'xml', {}, {}, step, None)
-
-
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
-def test_a_package_that_is_not_installed_is_a_line(tmp_path, monkeypatch, name):
+def test_a_package_that_is_not_installed_is_a_line(data, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
-    config = train.Config(log=name, out_dir=str(tmp_path))
     with pytest.raises(UserError, match=f'log={name} needs a package: pip install {name}') as error:
-        runlog.RunLog(config, state_at(0), silent=False)
+        run(data, tmp_path, log=name)
     assert '\n' not in str(error.value)
 
 

@@ -1,30 +1,16 @@
 """train.py: exact steps, when a run ends, what it writes, and the mistakes a person makes."""
-import csv
 import json
 import math
 import os
-import shutil
 
 import pytest
 import torch
 
 import train
 from configurator import UserError
-from conftest import (
-    SMALL,
-    WORDS,
-    assert_near,
-    assert_same_bits,
-    flags,
-    log_of,
-    resume,
-    run,
-    write_data,
-)
-from core import checkpoint, rows, tokenfile, tokenizer
-from core.conversation import Turn
+from conftest import SMALL, assert_near, assert_same_bits, flags, log_of, resume, run
+from core import checkpoint, rows
 from core.trainer import learning_rate
-from model import GPT
 
 pytestmark = pytest.mark.usefixtures('no_pictures')
 
@@ -94,16 +80,6 @@ def test_the_learning_rate_rises_and_falls():
     assert learning_rate(train.Config(decay_lr=False, learning_rate=2.0), 500) == 2.0
 
 
-def test_compile_reaches_the_model(data, tmp_path, monkeypatch):
-    """What it does there: test_model.py."""
-    compiled = []
-    monkeypatch.setattr(GPT, 'compile', lambda model: compiled.append(model))
-    run(data, tmp_path / '1', max_iters=1)
-    assert not compiled
-    run(data, tmp_path / '2', max_iters=1, compile=True)
-    assert len(compiled) == 1
-
-
 # ---- how it begins and ends ----
 
 def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path):
@@ -112,14 +88,8 @@ def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path):
 
 
 def test_without_validation_data_it_trains_and_saves(data, tmp_path):
-    bpe = tokenizer.from_state(tokenfile.read_meta(f'{data}/colours')['tokenizer'])
-    turns = [Turn('user', WORDS[0]), Turn('assistant', WORDS[1])]
-    write_data(tmp_path / 'data' / 'mine', bpe, {'train': [turns] * 20, 'val': []})
-    keys = {'dataset': 'mine', 'patience': 1}
-    assert run(tmp_path / 'data', tmp_path / 'out', **keys).step == 10
-    assert not os.path.exists(tmp_path / 'out' / 'best.pt')
-    with pytest.raises(UserError, match='no validation'):
-        run(tmp_path / 'data', tmp_path / 'out', eval_only=True, **keys)
+    assert run(data, tmp_path, dataset='unvalidated', patience=1).step == 10
+    assert not os.path.exists(tmp_path / 'best.pt')
 
 
 def test_eval_only_prints_the_loss_and_writes_nothing(data, whole, capsys):
@@ -162,6 +132,8 @@ MISTAKES = [
     ({'init_from': 'MODEL', 'block_size': 65}, 'block_size=65 exceeds the 64 positions'),
     ({'init_from': 'MODEL'}, 'has 99 tokens, its vocabulary'),
     ({'init_from': 'resume'}, 'ckpt.pt not found'),
+    ({'dataset': 'colours,alien'}, 'were prepared with different vocabularies'),
+    ({'dataset': 'unvalidated', 'eval_only': True}, 'unvalidated has no validation data'),
     ({'block_size': 4}, 'nothing to learn in train: of 61 conversations, 61 are longer'),
     ({'device': NO_GPU}, 'is not on this machine'),
     ({'dtype': 'float16'}, 'needs a CUDA device'),
@@ -181,32 +153,7 @@ def test_a_mistake_gets_one_line(data, tmp_path, changes, said):
     assert not list(tmp_path.glob('out/*.pt'))
 
 
-def test_data_sets_with_different_vocabularies_are_not_mixed(data, learn, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    bpe = tokenizer.load(learn([' '.join(WORDS)] * 20, 290))
-    turns = [Turn('user', WORDS[0]), Turn('assistant', WORDS[1])]
-    write_data(tmp_path / 'alien', bpe, {'train': [turns], 'val': [turns]})
-    with pytest.raises(UserError, match='were prepared with different vocabularies'):
-        run(tmp_path, tmp_path / 'out', dataset='colours,alien')
-
-
-def test_ids_that_the_vocabulary_lacks_are_a_line(data, tmp_path):
-    shutil.copytree(data, tmp_path / 'data')
-    for path in (tmp_path / 'data').glob('**/train.bin'):
-        path.write_bytes(b'\xff' * path.stat().st_size)
-    with pytest.raises(UserError, match='train.bin has the id 65535, the vocabulary only'):
-        run(tmp_path / 'data', tmp_path / 'out')
-
-
 def test_mistakes_on_the_command_line_exit_with_2_without_a_traceback(script):
     done = script('train.py', '--max_iter=5', '--lerning_rate=1', '--batch_size=none')
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert done.stderr.count('\n') == 3 and "Did you mean 'max_iters'?" in done.stderr
-
-
-def test_in_a_pipe_no_progress_bar_is_shown(data, tmp_path, script):
-    done = script('train.py', *flags(data, tmp_path / 'out', max_iters=2))
-    assert done.returncode == 0 and done.stderr == '' and '\r' not in done.stdout, done.stderr
-    assert 'finished. Talk to it: python sample.py --init_from=resume' in done.stdout
-    with open(tmp_path / 'out' / 'log.csv', newline='') as file:
-        assert [row['step'] for row in csv.DictReader(file)] == ['0', '2', '2']
