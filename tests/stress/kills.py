@@ -23,7 +23,9 @@ from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import torch  # takes longer to import than the run: each life is a fork of this process
+# These take longer to import than the run takes: each life is a fork of this process.
+import torch
+import torch._dynamo  # by the optimizer
 
 import configurator
 import train
