@@ -68,6 +68,12 @@ class Trainer:
         self.loss = procs.wrap(self.model)
         self.optimizer = make_optimizer(config, self.model, self.state.step)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
+        if config.sample_every:
+            with reading('--sample_prompt', 'Expected a text that fits block_size.'):
+                turns = [Turn('user', config.sample_prompt)]
+                self.prompt = conversation.prompt(turns, opened.tokenizer, opened.template)
+                if not 0 < len(self.prompt) <= opened.model.config.block_size:
+                    raise ValueError(f'it has {len(self.prompt)} tokens')
         if self.state.optimizer:
             checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
         self.grad_norm = 0.0
@@ -135,16 +141,16 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.grad_norm = norm.item()
         # A signal to one of the processes must stop all of them after the same step.
+        # So must a step that is not finite in one of them be skipped by all.
         losses = torch.stack(losses).tolist()  # the only other read from the device
-        loss_sum, n_asked = procs.sum(sum(losses), request.asked)
+        loss_sum, norms, n_asked = procs.sum(sum(losses), self.grad_norm, request.asked)
         self.stopped = n_asked > 0
-        is_finite = math.isfinite(loss_sum) and math.isfinite(self.grad_norm)
+        is_finite = math.isfinite(loss_sum) and math.isfinite(norms)
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate(config, state.step)
-        # The scaler skips such a step itself.
-        if is_finite or self.scaler.is_enabled():
+        if is_finite:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         if is_finite:
             self.n_skipped = 0
@@ -193,15 +199,13 @@ class Trainer:
         return None if self.stopped else loss_sum / n_tokens
 
     @torch.inference_mode()
-    def answer(self, text):
-        """What the model answers to a user's text now: at most 48 tokens, greedy."""
+    def answer(self):
+        """What the model answers to sample_prompt now: at most 48 tokens, greedy."""
         tokenizer = self.opened.tokenizer
         template = self.opened.template
-        with reading('--sample_prompt'):
-            ids = conversation.prompt([Turn('user', text)], tokenizer, template)
         self.model.eval()
         stops = conversation.stop_ids(tokenizer, template)
-        steps = generate(self.model, [ids], 48, Sampling(temperature=0), stops=stops)
+        steps = generate(self.model, [self.prompt], 48, Sampling(temperature=0), stops=stops)
         answer = [token for token, in steps]
         self.model.train()
         return conversation.answer_text(answer, tokenizer, template)

@@ -8,6 +8,7 @@ import torch
 from configurator import UserError
 from conftest import SMALL, assert_same_bits, log_of, run
 from core import checkpoint
+from core.processes import Processes
 from core.trainer import Trainer
 from model import GPT
 
@@ -87,3 +88,41 @@ def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(data, tmp_path, monke
     os.makedirs(tmp_path / 'loss.png')
     assert run(data, tmp_path, **SMALL).step == 12
     assert 'loss.png' in capsys.readouterr().out
+
+
+def test_a_folder_may_have_dollar_signs_in_its_name(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    folder = tmp_path / r'$\frac$'  # mathematics to matplotlib, with a mistake in it
+    assert run(data, folder, **SMALL | {'max_iters': 2}).step == 2
+    assert os.path.exists(folder / 'loss.png') and 'drawn' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('prompt', ['what is ' * 500, '\udcff'])
+def test_a_prompt_to_watch_that_cannot_be_used_is_refused_before_the_first_step(
+        data, tmp_path, prompt):
+    with pytest.raises(UserError, match='--sample_prompt cannot be read'):
+        run(data, tmp_path, **SMALL, sample_every=5, sample_prompt=prompt)
+    assert not os.path.exists(tmp_path / 'log.csv')
+
+
+def test_a_step_is_skipped_by_all_processes_if_it_is_not_finite_in_one(
+        data, tmp_path, monkeypatch, capfd):
+    add = Processes.sum
+    step = Trainer.train_step
+
+    def with_another(procs, *numbers):
+        """The sum with a process whose gradient has a NaN in step 3."""
+        sums = add(procs, *numbers)
+        return [sums[0], math.nan, *sums[2:]] if spoilt else sums
+
+    def train_step(trainer, request):
+        nonlocal spoilt
+        spoilt = trainer.state.step == 2
+        step(trainer, request)
+        spoilt = False
+    spoilt = False
+    monkeypatch.setattr(Processes, 'sum', with_another)
+    monkeypatch.setattr(Trainer, 'train_step', train_step)
+    saved = run(data, tmp_path, **SMALL)
+    assert 'step 3 is skipped' in capfd.readouterr().err
+    assert next(iter(saved.optimizer['state'].values()))['step'] == 11
