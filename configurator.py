@@ -56,7 +56,9 @@ Positive = Annotated[float, Range(1e-9)]
 Fraction = Annotated[float, Range(0, below=1)]
 Share = Annotated[float, Range(0, 1)]
 
-EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text'}
+EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text',
+            dict: 'a table', list: 'a list', tuple: 'a tuple'}
+LARGEST = 10 ** 11  # of whole numbers: larger ones overflow as floats and times
 
 
 def base_type(kind):
@@ -75,10 +77,17 @@ def limits(kind):
 
 def accept(value, kind):
     """The value if the key's type allows it (an int is fine for a float), else ValueError."""
+    if type(None) in typing.get_args(kind):  # as in float | None
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
     base = base_type(kind)
+    if type(value) is int and abs(value) > LARGEST:
+        raise ValueError(f'found a number that is too large, expected at most {LARGEST:,}')
     if base is float and type(value) is int:
         value = float(value)
-    if type(value) is not base or value != value or value == math.inf or '\0' in str(value):
+    fits = isinstance(value, base) and isinstance(value, bool) == (base is bool)
+    if not fits or value != value or value == math.inf or base is str and '\0' in value:
         raise ValueError(f'found {str(value)[:60]!r}, expected {EXPECTED[base]}')
     if typing.get_origin(kind) is Literal:
         allowed = value in typing.get_args(kind)
@@ -88,6 +97,18 @@ def accept(value, kind):
     if not allowed:
         raise ValueError(f'found {value!r}, expected {limits(kind)}')
     return value
+
+
+def checked(keys, values):
+    """An instance of the dataclass `keys` with these values. ValueError if its types forbid one."""
+    kinds = typing.get_type_hints(keys, include_extras=True)
+    accepted = {}
+    for name, value in values.items():
+        try:
+            accepted[name] = accept(value, kinds[name])
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from None
+    return keys(**accepted)
 
 
 # ---- reading values ----
@@ -131,13 +152,13 @@ def read_config_file(name):
     path = name
     if not os.path.isfile(path):
         path = os.path.join(REPOSITORY, name)  # so that the scripts work from any folder
+    if not os.path.isfile(path):
+        raise UserError(f'config file {name} not found. The config files are in config/; '
+                        'flags are written --key=value.')
     try:
         with open(path, encoding='utf-8-sig') as file:
             text = file.read()
         statements = ast.parse(text).body
-    except FileNotFoundError:
-        raise UserError(f'config file {name} not found. The config files are in config/; '
-                        'flags are written --key=value.') from None
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         line = getattr(error, 'lineno', None) or 1
         raise UserError(f'{name} line {line}: {type(error).__name__}. '

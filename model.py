@@ -9,10 +9,13 @@ nanoGPT and `transformers` use too.
 """
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from configurator import Count, Fraction
 
 # The embedding has a multiple of so many rows: matrix units like that.
 VOCAB_MULTIPLE = 128
@@ -21,14 +24,15 @@ VOCAB_MULTIPLE = 128
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model. vocab_size counts real tokens, without the padding rows."""
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
-    vocab_size: int = 50257
-    dropout: float = 0.0
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_embd: Count = 768
+    block_size: Count = 1024
+    vocab_size: Count = 50257
+    dropout: Fraction = 0.0
     bias: bool = True
-    gelu: str = 'tanh'  # GPT-2's approximation; 'none' is the exact GELU, which nanoGPT uses
+    # GPT-2's approximation, or the exact GELU, which nanoGPT uses
+    gelu: Literal['tanh', 'none'] = 'tanh'
 
     @property
     def padded_vocab_size(self):

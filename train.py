@@ -13,10 +13,10 @@ import shlex
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
 import configurator
-from configurator import Count, Fraction, Natural, NonNegative, Seed, UserError
+from configurator import Count, Fraction, Natural, NonNegative, Range, Seed, UserError
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Config:
     data_dir: str = 'data'           # looked for here, then beside train.py
     # how long, how often
     max_iters: Natural = 0           # optimizer steps; 0 sets no limit
-    epochs: NonNegative = 0.0        # passes over the data; 0 is no limit, or 3 without max_iters
+    epochs: Annotated[float, Range(0, 1e6)] = 0.0  # passes; 0: no limit, or 3 without max_iters
     eval_interval: Count = 100       # steps between evaluations, which also save
     eval_iters: Natural = 0          # batches in an evaluation; 0 for the whole validation set
     eval_only: bool = False          # evaluate once and stop
@@ -142,7 +142,7 @@ def evaluate_and_save(trainer, log, request, is_last):
     if trainer.stopped:
         return
     state.evaluated_at = state.step
-    better = val_loss is not None and val_loss < state.best
+    better = val_loss is not None and (state.best is None or val_loss < state.best)
     if better:
         state.best = val_loss
         state.n_worse = 0
@@ -206,7 +206,7 @@ def loop(trainer, log, request):
             state.interval = (0.0, 0)
             before = replace(state)
         if config.sample_every and state.step % config.sample_every == 0 and not log.silent:
-            answer = trainer.answer(config.sample_prompt)
+            answer = trainer.answer()
             log.say(f'step {state.step}/{config.max_iters} | {config.sample_prompt} -> {answer!r}')
         if trainer.stopped:
             break
@@ -277,7 +277,7 @@ def train(config, procs):
         log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are '
                 f'{last_row / train_rows.n_rows:.2f} epochs')
         for key, now in trainer.conditions().items():
-            if was and was.get(key) != now:
+            if was and repr(was.get(key)) != repr(now):
                 log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
                         f'is {now}')
         loop(trainer, log, request)

@@ -6,19 +6,18 @@ out_dir/ckpt.pt is the last state of a run, out_dir/best.pt the one with the low
 without what only resuming needs. Nothing in a checkpoint can run code.
 """
 import glob
-import math
 import os
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 
-from configurator import UserError
+from configurator import Natural, NonNegative, Range, UserError, accept, checked
 from core import pretrained
 from core import tokenizer as tokenizers
 from core.conversation import TEMPLATES
 from core.files import reading, write_whole
-from model import GPT, GPTConfig
+from model import GPT
 
 FORMAT_VERSION = 1
 
@@ -31,20 +30,20 @@ class Checkpoint:
     template: str
     tokenizer: dict  # Tokenizer.state()
     config: dict  # the run's
-    step: int  # optimizer steps taken
-    val_loss: float | None  # at this step, nats per supervised token
+    step: Natural  # optimizer steps taken
+    val_loss: NonNegative | None  # at this step, nats per supervised token
     data: list | None = None  # a fingerprint of each data set
     origin: dict | None = None  # what the run began with, and where its data came from
-    seconds: float = 0.0  # spent in steps
-    evaluated_at: int | None = None  # step of the last evaluation
-    best: float = math.inf  # lowest val_loss so far
-    n_worse: int = 0  # evaluations since then
+    seconds: Annotated[float, Range(0, 1e10)] = 0.0  # spent in steps
+    evaluated_at: Natural | None = None  # step of the last evaluation
+    best: NonNegative | None = None  # lowest val_loss so far
+    n_worse: Natural = 0  # evaluations since then
     interval: tuple = (0.0, 0)  # summed loss and tokens since the last line of the log
     # Only in ckpt.pt:
     optimizer: dict | None = None
     scaler: dict | None = None
     conditions: dict | None = None  # what decides the bits of later steps, see train.py
-    format_version: int = FORMAT_VERSION
+    format_version: Natural = FORMAT_VERSION
 
 
 def save(checkpoint, path):
@@ -65,14 +64,9 @@ def load(path):
         if contents['format_version'] != FORMAT_VERSION:
             raise UserError(f'{path} has format {contents["format_version"]!r}; this code reads '
                             f'{FORMAT_VERSION}. Use it with the code that wrote it.')
-        # Unknown keys are ignored: an older version of this code may have written them.
-        known = {}
-        for field in fields(Checkpoint):
-            value = contents.get(field.name, field.default)
-            if not isinstance(value, field.type):
-                raise ValueError(f'{field.name} is missing or has the wrong type')
-            known[field.name] = value
-        return Checkpoint(**known)
+        known = {field.name for field in fields(Checkpoint)}
+        # Other keys are ignored: an older version of this code may have written them.
+        return checked(Checkpoint, {key: contents[key] for key in contents if key in known})
 
 
 def find(out_dir, names=('ckpt.pt',)):
@@ -127,6 +121,8 @@ def check_resume(checkpoint, path, config, data):
 def restore(checkpoint, path, optimizer, scaler):
     """Give the optimizer and the scaler their saved state. UserError if it does not fit."""
     with reading(path, NEW_RUN):
+        for moments in checkpoint.optimizer['state'].values():
+            pretrained.check_tensors(moments)
         # Settings such as the learning rate come from the configuration, not from the file.
         groups = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
@@ -139,10 +135,12 @@ def restore(checkpoint, path, optimizer, scaler):
                 if has_moments and shapes != expected:
                     raise ValueError("the optimizer's state does not fit the model")
         loss_sum, n_tokens = checkpoint.interval
-        if type(loss_sum) is not float or type(n_tokens) is not int:
-            raise ValueError('interval has the wrong type')
+        accept(loss_sum, NonNegative)
+        accept(n_tokens, Natural)
         # Empty if the run was not in float16.
         if scaler.is_enabled() and checkpoint.scaler:
+            for value in checkpoint.scaler.values():
+                accept(value, NonNegative)
             scaler.load_state_dict(checkpoint.scaler)
 
 
@@ -162,24 +160,12 @@ def open_checkpoint(path):
     """The Opened model of the checkpoint at path."""
     saved = load(path)
     with reading(path, 'Its parts do not fit together.'):
-        config = GPTConfig(**saved.model_args)
-        for field in fields(GPTConfig):
-            value = getattr(config, field.name)
-            if type(value) is not field.type or (field.type is not str and value < 0):
-                raise ValueError(f'model_args has {field.name}={value!r}')
-        if not config.dropout <= 1:
-            raise ValueError(f'model_args has dropout={config.dropout!r}')
-        if config.gelu not in ('tanh', 'none'):
-            raise ValueError(f'model_args has gelu={config.gelu!r}')
-        # Checked first, because it may claim a billion layers.
-        if sum(name.endswith('.ln_1.weight') for name in saved.model) != config.n_layer:
-            raise ValueError('the number of layers')
-        # The meta device allocates nothing: the file's tensors become the weights.
-        with torch.device('meta'):
-            model = GPT(config)
-        model.load_state_dict(saved.model, assign=True)
+        model = pretrained.empty_model(saved.model_args, saved.model)
+        pretrained.check_tensors(saved.model)
+        weights = {name: tensor.float() for name, tensor in saved.model.items()}
+        model.load_state_dict(weights, assign=True)
         tokenizer = tokenizers.from_state(saved.tokenizer)
-        if tokenizer.vocab_size != config.vocab_size:
+        if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError('the size of the vocabulary')
         if TEMPLATES[saved.template].tags and not tokenizer.tags:
             raise ValueError('the template needs tags, the vocabulary has none')

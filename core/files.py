@@ -16,18 +16,23 @@ from configurator import UserError
 def reading(path, expected=''):
     """Turn whatever goes wrong inside the block, which reads the file at path, into a UserError.
 
-    expected: a sentence that says what the file should be, or what to do.
+    expected: a sentence that says what the file should be, or what to do. A pipe or a device, such
+    as /dev/zero, is refused at once: it may never end.
     """
+    # A file may name another one: keep control characters off the terminal.
+    shown = ''.join(c if c.isprintable() else '?' for c in str(path))
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f'{shown} is a pipe or a device. {expected}'.rstrip())
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f'{path} not found. {expected}'.rstrip()) from None
+        raise UserError(f'{shown} not found. {expected}'.rstrip()) from None
     except Exception as error:  # a damaged or hostile file can make a reader raise anything
         reason = getattr(error, 'strerror', None) or f'{type(error).__name__} {error}'
         reason = ' '.join(reason.split())[:150].rstrip('.')
-        raise UserError(f'{path} cannot be read: {reason}. {expected}'.rstrip()) from None
+        raise UserError(f'{shown} cannot be read: {reason}. {expected}'.rstrip()) from None
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from configurator import UserError
+from configurator import UserError, checked
 from core.files import reading
 from model import GPT, GPTConfig
 
@@ -94,23 +94,17 @@ def from_transformers(config, weights):
     Older files lack 'transformer.' before the names, or hold mask buffers and the tied head; both
     are fine. Raises KeyError, ValueError and others if the parts do not fit together.
     """
-    n_layer = config['n_layer']
-    # Checked first, because a config may claim a billion layers.
-    if sum(name.endswith('ln_1.weight') for name in weights) != n_layer:
-        raise ValueError(f'config.json has n_layer={n_layer!r}, the weights have another number')
-    shape = GPTConfig(
-        n_layer=n_layer, n_head=config['n_head'], n_embd=config['n_embd'],
-        vocab_size=config['vocab_size'], block_size=config.get('n_positions', 1024),
-        gelu=GELUS[config.get('activation_function', 'gelu_new')])
-    with torch.device('meta'):
-        model = GPT(shape)
-    # Under our names, with our shapes.
-    state = {}
+    shape = {key: config[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
+    shape['block_size'] = config.get('n_positions', 1024)
+    shape['gelu'] = GELUS[config.get('activation_function', 'gelu_new')]
+    model = empty_model(shape, weights)
+    if 'transformer.wte.weight' not in weights:
+        weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
+    state = {name: weights[name] for name in model.state_dict()}
+    check_tensors(state)
+    # In our shapes.
     for name, p in model.state_dict().items():
-        tensor = weights.get(name)
-        if tensor is None:
-            tensor = weights[name.removeprefix('transformer.')]
-        tensor = tensor.float()
+        tensor = state[name].float()
         if name.endswith(TRANSPOSED):
             # A view: copying here would delay the first token by a third.
             tensor = tensor.t()
@@ -121,6 +115,39 @@ def from_transformers(config, weights):
         state[name] = tensor
     model.load_state_dict(state, assign=True)
     return model
+
+
+# ---- checks, for any file with weights ----
+
+def empty_model(shape, weights):
+    """A GPT on torch's meta device, of a shape: GPTConfig's keys. weights: the file's, by name."""
+    config = checked(GPTConfig, shape)
+    # Checked first, because a file may claim a billion layers.
+    if sum(name.endswith('ln_1.weight') for name in weights) != config.n_layer:
+        raise ValueError(f'n_layer={config.n_layer}, the weights have another number of layers')
+    # The meta device allocates nothing: the file's tensors become the weights.
+    with torch.device('meta'):
+        return GPT(config)
+
+
+def check_tensors(tensors):
+    """ValueError unless {name: tensor} are dense and finite, and their storages hold them."""
+    needed = 0
+    held = {}
+    for name, tensor in tensors.items():
+        is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not (is_dense and tensor.is_floating_point() and tensor.device.type == 'cpu'):
+            raise ValueError(f'{name} is not a dense tensor of floating-point numbers')
+        needed += tensor.nbytes
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+    # Views of one element would take gigabytes once they are copied.
+    if needed > sum(held.values()):
+        raise ValueError('the tensors need more memory than their storages hold')
+    for name, tensor in tensors.items():
+        # One pass, an eighth of the time that isfinite takes.
+        if not torch.stack(torch.aminmax(tensor)).float().isfinite().all():
+            raise ValueError(f'{name} holds numbers that are not finite')
 
 
 # ---- the hub ----

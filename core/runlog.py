@@ -34,11 +34,11 @@ class RunLog:
         rows = []
         for row in read(config.out_dir):
             # Of a run that goes on: the rows up to its checkpoint.
-            last = state.evaluated_at if row['val_loss'] else state.step
-            if state.step and int(row['step']) <= last:
+            last = (state.evaluated_at or 0) if row['val_loss'] else state.step
+            if state.step and row['step'] <= last:
                 rows.append(row)
         with write_whole(self.path) as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
             writer.writeheader()
             writer.writerows(rows)
         with write_whole(os.path.join(config.out_dir, 'config.json')) as file:
@@ -74,8 +74,8 @@ class RunLog:
             return
         try:
             plot(self.out_dir)
-        except UserError as error:
-            self.say(str(error))
+        except Exception as error:  # matplotlib's, too
+            self.say(f'{self.out_dir}/loss.png could not be drawn: {error}')
 
     def finish(self):
         """Say where the curve is."""
@@ -113,8 +113,14 @@ def read(out_dir):
     path = os.path.join(out_dir, 'log.csv')
     if not os.path.exists(path):
         return []
-    with reading(path), open(path, newline='', encoding='utf-8') as file:
-        return [row for row in csv.DictReader(file) if row['step'].isdigit() and row['seconds']]
+    with reading(path, 'Move it away, and the run goes on without its rows.'):
+        with open(path, newline='', encoding='utf-8') as file:
+            rows = [row for row in csv.DictReader(file) if row['seconds']]  # else it was cut short
+        for row in rows:
+            row['step'] = int(row['step'])
+            for name in COLUMNS:
+                float(row[name] or 0)  # an error, unless all of them are numbers
+    return rows
 
 
 def plot(out_dir):
@@ -127,12 +133,13 @@ def plot(out_dir):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
     for name, marker in (('loss', ''), ('val_loss', 'o')):
-        points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
+        points = [(row['step'], float(row[name])) for row in rows if row[name]]
         if points:
             label = f'{name} (last {points[-1][1]:.3f})'
             axes.plot(*zip(*points), marker=marker, markersize=4, label=label)
     title = os.path.basename(os.path.abspath(out_dir))
-    axes.set(xlabel='step', ylabel='nats per supervised token', title=title)
+    axes.set(xlabel='step', ylabel='nats per supervised token')
+    axes.set_title(title, parse_math=False)  # a dollar sign is nothing but one
     axes.grid(alpha=0.3)
     axes.legend()
     with write_whole(os.path.join(out_dir, 'loss.png'), 'wb') as file:

@@ -14,7 +14,7 @@ import shutil
 
 import numpy as np
 
-from configurator import REPOSITORY, UserError
+from configurator import REPOSITORY, Natural, UserError, accept
 from core.conversation import TEMPLATES
 from core.files import flush, flush_folder, only_writer, reading
 from core.tokenizer import GPT2_SHA256
@@ -134,9 +134,10 @@ def read_meta(folder):
             raise ValueError(f"format {meta['format_version']!r}, this code reads {FORMAT_VERSION}")
         if meta['template'] not in TEMPLATES:
             raise ValueError(f"template {meta['template']!r}, known are {', '.join(TEMPLATES)}")
+        accept(meta['tokenizer']['sha256'], str)
         for split in meta['splits'].values():
-            # An error, unless all of them are numbers.
-            sum(split[key] for key in COUNTS)
+            for key in COUNTS:
+                accept(split[key], Natural)
     return meta
 
 

@@ -37,7 +37,7 @@ class Tokenizer:
 
     tokens: the text tokens as bytes, in order of merging. added: {special piece: id}, by default
     <|endoftext|> after the text tokens; text tokens have the ids that are left, in order.
-    tags: whether the six tags follow after all of these.
+    tags: whether the six tags follow after all of these. ValueError if these cannot be GPT-2's.
     """
 
     def __init__(self, name, tokens, tags, added=None):
@@ -54,6 +54,13 @@ class Tokenizer:
             self.special |= {tag: n + i for i, tag in enumerate(TAGS)}
         self.end_of_text = self.added[END_OF_TEXT]
         self.vocab_size = len(tokens) + len(self.special)
+        # tiktoken would panic, or not until it meets the token.
+        if sorted(tokens[:256]) != [bytes([b]) for b in range(256)]:
+            raise ValueError('the first 256 tokens are not the 256 bytes')
+        if {type(i) for i in taken} != {int} or len(self.text_ids) != len(set(tokens)):
+            raise ValueError('two tokens are equal, or the ids have gaps')
+        if n + len(TAGS) > 2 ** 16:
+            raise ValueError('more tokens than 16 bits can count')
 
     @cached_property
     def _bpe(self):
@@ -181,12 +188,8 @@ def read_folder(path, tags):
                               [to_bytes(token) for token in text], tags, added)
         if tokenizer.text_ids != [vocab[token] for token in text]:
             raise ValueError('the ids have gaps')
-        if sorted(tokenizer.tokens[:256]) != [bytes([b]) for b in range(256)]:
-            raise ValueError('the first 256 tokens are not the 256 bytes')
         if text[256:] != list(dict.fromkeys(merged)):
             raise ValueError('the ids are not in the order of merging')
-        if tokenizer.with_tags().vocab_size > 2 ** 16:
-            raise ValueError('more tokens than 16 bits can count')
     return tokenizer
 
 

@@ -112,7 +112,7 @@ def test_a_checkpoint_says_which_gelu_it_needs(save_model, small, tmp_path):
     for wrong in ('relu', 1, None):
         saved.model_args['gelu'] = wrong
         checkpoint.save(saved, path)
-        with pytest.raises(UserError, match='gelu=.* do not fit together'):
+        with pytest.raises(UserError, match='gelu: found .* do not fit together'):
             checkpoint.open_model(str(tmp_path / 'out'))
 
 

@@ -249,7 +249,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(whole, copy):
     state = saved.optimizer['state']
     moments = state[0] | {'exp_avg': torch.zeros(3)}
     cases = [
-        ('best', {'best': 'x'}), ('interval', {'interval': (1.0, None)}),
+        ('best', {'best': 'x'}), ('whole number', {'interval': (1.0, None)}),
         ('interval', {'interval': 3}), ('evaluated_at', {'evaluated_at': [1]}),
         ('scaler', {'scaler': 'x'}), ('optimizer', {'optimizer': 7}),
         ('format 0', {'format_version': 0}), ('no optimizer state', {'optimizer': None}),

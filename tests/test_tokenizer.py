@@ -254,5 +254,5 @@ def test_a_state_with_another_hash_is_refused(small):
     tokens = state['tokens']
     for change in ({'sha256': '0' * 64}, {'tokens': tokens[:-1]}, {'added': {END_OF_TEXT: 0}},
                    {'tokens': [*tokens[:-2], tokens[-1], tokens[-2]]}):
-        with pytest.raises(ValueError, match='does not have the hash'):
+        with pytest.raises(ValueError, match='does not have the hash|the ids have gaps'):
             tokenizer.from_state(state | change)
