@@ -64,6 +64,8 @@ def load(path):
         if contents['format_version'] != FORMAT_VERSION:
             raise UserError(f'{path} has format {contents["format_version"]!r}; this code reads '
                             f'{FORMAT_VERSION}. Use it with the code that wrote it.')
+        if contents.get('best') == float('inf'):
+            contents['best'] = None  # as earlier versions saved a run without val_loss
         known = {field.name for field in fields(Checkpoint)}
         # Other keys are ignored: an older version of this code may have written them.
         return checked(Checkpoint, {key: contents[key] for key in contents if key in known})
