@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -40,13 +41,27 @@ def test_rounds_go_back_and_forth_and_medians_are_compared():
     assert '| two | 2.0 | 2.0 … 2.0 | 0.50 |  |' in table
 
 
-def test_training_by_another_checkout(bench, small, tmp_path):
-    with tokenfile.Writer(str(tmp_path), ['train']) as writer:
-        writer.add('train', list(range(20)) * 2, [0, 1] * 20, [20, 20])
+@pytest.fixture
+def prepared(small, tmp_path):
+    """A prepared folder of four conversations."""
+    with tokenfile.Writer(str(tmp_path), ['train', 'val']) as writer:
+        for split in ('train', 'val'):
+            writer.add(split, list(range(20)) * 2, [0, 1] * 20, [20, 20])
         writer.finish({'template': 'xml', 'tokenizer': small.state()})
-    out = bench('training', f'--data={tmp_path}', '--shape=tiny', '--block_size=32', '--rounds=1',
+    return str(tmp_path)
+
+
+def test_training_by_another_checkout(bench, prepared):
+    out = bench('training', f'--data={prepared}', '--shape=tiny', '--block_size=32', '--rounds=1',
                 '--players=other-ours', f'--other={REPOSITORY}')
     assert '| other-ours |' in out
+
+
+def test_training_until_a_loss_is_reached(bench, prepared):
+    out = bench('learning', f'--data={prepared}', '--shape=tiny', '--block_size=32',
+                '--players=ours', '--until=5.5', '--every=2', '--learning_rate=1e-2')
+    reached = re.search(r'ours: val_loss (.*) after \d+ steps\n', out)
+    assert 4 < float(reached[1]) <= 5.5
 
 
 def test_decoding(bench):
@@ -73,7 +88,8 @@ def test_packing(bench):
     assert '| 1,000 |' in bench('scaling', '--sizes=', '--conversations=1000')
 
 
-@pytest.mark.parametrize('name', ['training', 'decoding', 'serving', 'preparing', 'starting'])
+@pytest.mark.parametrize('name', ['training', 'learning', 'decoding', 'serving', 'preparing',
+                                  'starting'])
 def test_an_unknown_player_is_refused(name):
     with pytest.raises(UserError, match="^players='nobody': expected "):
         configurator.load(load(name).Config, ['--players=nobody'])
