@@ -115,7 +115,7 @@ def learn_theirs(config):
             weight = ours[name]
             if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
                 weight = weight.t()  # theirs are (in, out)
-            p.copy_(weight)
+            p[:len(weight)].copy_(weight)  # they have more positions
     trainer.args.learning_rate = config.learning_rate
     trainer.args.lr_scheduler_type = transformers.SchedulerType('constant')
     trainer.args.weight_decay = 0.1
