@@ -254,7 +254,7 @@ def test_a_state_that_does_not_fit_is_refused_in_one_line(whole, copy):
         ('scaler', {'scaler': 'x'}), ('optimizer', {'optimizer': 7}),
         ('format 0', {'format_version': 0}), ('no optimizer state', {'optimizer': None}),
         ('optimizer', {'optimizer': {'state': state | {0: moments}}}),
-        ('optimizer', {'optimizer': {'state': state | {0: {'step': 3}}}}),
+        ('step is not a dense tensor', {'optimizer': {'state': state | {0: {'step': 3}}}}),
         ('optimizer', {'optimizer': {'state': without_moments(state)}})]
     for named, changes in cases:
         checkpoint.save(dataclasses.replace(saved, **changes), copy / 'ckpt.pt')
