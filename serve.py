@@ -136,6 +136,7 @@ def make_server(config, models, worker):
         log_level='error',
         access_log=False,
         server_header=False,
+        # asyncio accepts as many connections as this at a time, see Server.
         backlog=128,
         h11_max_incomplete_event_size=16_384,
         limit_concurrency=2 * MAX_WAITING + places,
@@ -156,7 +157,8 @@ def listen(host, port):
 def stop_on_signals(server, worker):
     """On Ctrl-C or SIGTERM, let the answers end that are being written, and then the process."""
     def stop(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        # The second signal ends the process at once.
+        signal.signal(number, signal.SIG_DFL)
         server.should_exit = True
         timer = threading.Timer(CLOSING_S, worker.end_all)
         timer.daemon = True
@@ -188,6 +190,7 @@ def serve(server, worker, listening):
 def main(argv):
     config = configurator.load(Config, argv)
     keep_freed_memory()
+    # The port first: a mistake there should not wait for a model to load.
     with listen(config.host, config.port) as listening:
         models = open_all(config)
         worker = Worker([model.batch for model in models])

@@ -29,7 +29,7 @@ openai = pytest.importorskip('openai')
 
 import chat_page
 import serve
-from web import guard
+from web import api, app, guard
 from web.batching import Worker
 
 BYTES = Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)
@@ -220,15 +220,29 @@ def test_health_answers_at_once_beside_large_requests(server):
         {'messages': QUESTION, 'stop': ['y' * 100] * 4, 'max_tokens': 99},
     ]
     bodies = [json.dumps(body) for body in bodies * 2]
-    slowest = 0
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(requests.post, server.url + CHAT, body) for body in bodies]
-        while not all(one.done() for one in asked):
-            started = time.monotonic()
-            server.health()
-            slowest = max(slowest, time.monotonic() - started)
-    assert [one.result().status_code for one in asked] == [200, 400, 400, 400, 200] * 2
-    assert slowest < 0.5
+    for _ in range(3):  # other programs may slow one of them down
+        slowest = 0
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(requests.post, server.url + CHAT, body) for body in bodies]
+            while not all(one.done() for one in asked):
+                started = time.monotonic()
+                server.health()
+                slowest = max(slowest, time.monotonic() - started)
+        assert [one.result().status_code for one in asked] == [200, 400, 400, 400, 200] * 2
+        if slowest < 0.5:
+            return
+    raise AssertionError(slowest)
+
+
+def test_reading_a_request_holds_up_nobody(server, monkeypatch):
+    monkeypatch.setattr(app, 'read', lambda kind, raw: time.sleep(1) or api.read(kind, raw))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.post, messages=QUESTION, max_tokens=1)
+        time.sleep(0.2)
+        started = time.monotonic()
+        server.health()
+        assert time.monotonic() - started < 0.5
+    assert asked.result().status_code == 200
 
 
 @pytest.mark.parametrize('patience, may_wait, left', [(0.3, 1000, 1), (60, 20, 21)])

@@ -27,11 +27,13 @@ class Text:
         """Append the text of these ids and return what is new."""
         new = self.held + self.reader.add(ids, final=finish is not None)
         self.held = ''
+        # What was held back is searched again; what has been released cannot begin a stop string.
         ends = [new.find(stop) for stop in self.stop_strings if stop in new]
         if ends:
             new = new[:min(ends)]
             finish = 'stop'
         if not finish:
+            # Hold back the longest end that may be the beginning of a stop string.
             for stop in self.stop_strings:
                 for n in range(len(self.held) + 1, len(stop)):
                     if new.endswith(stop[:n]):
@@ -77,6 +79,7 @@ class Job:
             if finish == 'error':
                 raise ApiError(500, 'the model failed; the terminal of serve.py says why.')
             if finish == 'closing':
+                # End where it is, with a reason that clients know.
                 if not self.text.text:
                     raise ApiError(503, 'the server is stopping.')
                 finish = 'length'
@@ -133,7 +136,8 @@ class Job:
             async for chunk in self.chunks():
                 yield f'data: {json.dumps(chunk)}\n\n'
             yield 'data: [DONE]\n\n'
-        except ApiError as error:  # too late for its status: 200 has been sent
+        except ApiError as error:
+            # Too late for a status of its own: 200 has been sent.
             yield f'data: {json.dumps(error.body)}\n\n'
 
     async def send(self, scope, receive, send):
@@ -149,6 +153,7 @@ class Job:
         """Send the answer, unless the client goes away; its place is free afterwards."""
         sending = asyncio.create_task(self.send(scope, receive, send))
         leaving = asyncio.create_task(disconnected(receive))
+        # Whichever ends first: the answer, or the client's interest in it.
         try:
             await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
             if sending.done():

@@ -139,7 +139,7 @@ class CompletionBody(Body):
         prompt, = self.prompt
         if isinstance(prompt, str):
             return tokenizer.encode(prompt).tolist()
-        # with the ids of tags one could forge a turn
+        # With the ids of tags one could forge a turn.
         special = set(tokenizer.special.values()) - {tokenizer.end_of_text}
         for i in prompt:
             if i in special or i >= tokenizer.vocab_size:
@@ -159,6 +159,7 @@ def read(kind, raw):
         param = '.'.join(part for part in path if '[' not in part and not part.endswith('str'))
         message = f'{param or "the body"}: {first["msg"]}.'
         raise ApiError(400, message, param or None, first['type']) from None
+    # What is left are parameters that have no effect here.
     for name, value in body.model_extra.items():
         if name in IGNORED or value is None or value in NEUTRAL.get(name, []):
             continue

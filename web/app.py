@@ -46,13 +46,15 @@ def make_app(config, models, worker):
 
     async def answer(http, kind):
         """The Job that answers a request, which is on its way in."""
+        # uvicorn does not limit the size of a body.
         raw = bytearray()
         async for chunk in http.stream():
             raw += chunk
             if len(raw) > MAX_BODY:
                 raise ApiError(413, f'the request has more than {MAX_BODY:,} bytes.',
                                code='request_too_large', headers={'Connection': 'close'})
-        # A long request takes long to parse and to encode: the event loop must not wait for it.
+        # A long request takes long to parse and to encode. The event loop must not wait for it, or
+        # nobody would be answered meanwhile.
         loop = asyncio.get_running_loop()
         body, ids, served = await loop.run_in_executor(readers, read_request, kind, bytes(raw))
         job = Job(body, ids, served, config)

@@ -75,15 +75,18 @@ class Batch:
 
     def round(self):
         """Read a piece of the next prompt, then write one token of every answer."""
-        # backwards, because the last answer moves into the row of one that leaves
+        # Free the places of clients that have gone. Backwards, because the last answer moves into
+        # the row of one that leaves.
         for row in reversed(range(len(self.writing))):
             if self.writing[row].ended:
                 self.leave(row)
+        # Read new prompts: a piece if others wait for their next token, or else a whole window.
         budget = PIECE if self.writing else self.model.config.block_size
         while budget > 0 and len(self.writing) < self.size and (self.reading or self.waiting):
             budget -= self.read(budget)
         if not self.writing:
             return
+        # One step of the model for all answers, each of which then chooses its own token.
         self.slots.make_room(len(self.writing), max(self.slots.lengths) + 1)
         last = [[request.written[-1]] for request in self.writing]
         logits = self.slots.step(self.model, torch.tensor(last, device=self.model.device))
@@ -101,12 +104,14 @@ class Batch:
             self.reading = None
             return 0
         if not request.cache:
+            # It is its turn: start with what is remembered of its text.
             request.cache = KVCache(self.model, 1, len(request.prompt))
             request.n_remembered = self.memory.fill(request.cache, request.prompt)
             request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
         start = request.cache.lengths[0]
         piece = request.prompt[start:start + n]
         logits = request.cache.step(self.model, torch.tensor([piece], device=self.model.device))
+        # After the last piece comes the first token of the answer, which then joins the others.
         if start + len(piece) == len(request.prompt):
             self.write(request, logits[0], len(request.prompt))
             if request.ended:
@@ -122,7 +127,8 @@ class Batch:
         text = (request.prompt, request.written)
         try:
             token = choose(logits[None].float(), request.sampling, request.generator, [text]).item()
-        except RuntimeError:  # no token can be drawn from these logits: the other answers go on
+        except RuntimeError:
+            # No token can be drawn from these logits. The other answers go on.
             traceback.print_exc()
             request.end('error')
         if request.ended:
@@ -185,6 +191,7 @@ class Worker:
     def run(self):
         """Do rounds until stop is called."""
         while not self.stopped:
+            # Wait for something to do, and let go of waiting clients that have gone.
             with self.news:
                 self.news.wait_for(lambda: self.stopped or any(
                     batch.busy or batch.waiting for batch in self.batches))
@@ -193,6 +200,7 @@ class Worker:
             for batch in self.batches:
                 try:
                     batch.round()
-                except Exception:  # out of memory, most likely: the server goes on
+                except Exception:
+                    # Most likely out of memory. Who is concerned is told, and the server goes on.
                     traceback.print_exc()
                     batch.fail()

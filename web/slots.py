@@ -25,7 +25,7 @@ class Slots(KVCache):
         if rows > had_rows or positions > had_positions:
             more_rows = max(rows, had_rows)
             more_positions = max(-(-positions // GROWTH) * GROWTH, had_positions)
-            # zeros, because attention multiplies masked positions by 0: they must not hold a NaN
+            # Zeros, because attention multiplies masked positions by 0: they must not be NaN.
             grown = self.store.new_zeros(2, n_layer, more_rows, n_head, more_positions, size)
             grown[:, :, :had_rows, :, :had_positions] = self.store
             self.store = grown
@@ -70,7 +70,7 @@ class Memory:
         longest = 0
         for ids, keys, values in self.texts:
             n = 0
-            # the prompt's last token is always read: its logits are those of the first new token
+            # The prompt's last token is always read: its logits give the first token of the answer.
             while n < min(len(ids), len(prompt) - 1) and ids[n] == prompt[n]:
                 n += 1
             if n > longest:
