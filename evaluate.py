@@ -235,8 +235,8 @@ def remarks(results):
             lines.append(f"{result['model']} repeats itself ({form['repeated 4-grams']:.0%} of its "
                          '4-grams): try --repetition_penalty=1.2 or --no_repeat_ngram_size=4')
         if form.get('stops by itself', 1) < 0.5:
-            lines.append(f"{result['model']}: only {form['stops by itself']:.0%} of the answers end "
-                         'by themselves; the others were cut at max_new_tokens')
+            lines.append(f"{result['model']}: {form['stops by itself']:.0%} of the answers end by "
+                         'themselves; the others were cut at max_new_tokens')
     first = results[0]
     for result in results[1:]:
         changed = []

@@ -2,7 +2,7 @@
 
     python data/oasst/prepare.py
     python train.py config/finetune_oasst.py
-    python sample.py --init_from=resume --start="<conversation><user>What's the capital of France?</user><assistant>"
+    python sample.py --init_from=resume --user="What's the capital of France?"
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst     # before and after
 
 Memory on a GPU: 355 M parameters in float32, with gradients and AdamW's two moments, take
@@ -11,10 +11,10 @@ Memory on a GPU: 355 M parameters in float32, with gradients and AdamW's two mom
 --gradient_accumulation_steps=32 is the same step. On a CPU use config/finetune_oasst_cpu.py.
 
 As published (the blog post behind this project) / here
-- The same: gpt2-medium, the root of each tree and each direct reply as one conversation, these tags.
-- oasst1 in all languages / oasst2, English only, without deleted and rejected messages. As published:
-  --source=oasst1 --lang=all.
-- Tags as plain text, each on a line of its own / tags are tokens of their own, nothing between them.
+- The same: gpt2-medium; the root of each tree and each direct reply as one conversation; the tags.
+- oasst1 in all languages / oasst2, English only, without deleted and rejected messages. As
+  published: --source=oasst1 --lang=all.
+- Tags as plain text, each on its own line / tags are tokens of their own, nothing between them.
 - Loss on every token / on the answers. As published: --loss_on=all.
 - Conversations run on from one to the next / each is isolated, and longer ones are cut.
 - No learning rate, batch size or loss was published. Expected loss and time are unknown: no weights

@@ -64,7 +64,7 @@ def parse(line):
 
 
 def from_split(split, tokenizer, template, n):
-    """The first n different prompts of a tokenfile.Split: its conversations up to the last answer."""
+    """The first n different prompts of a tokenfile.Split: conversations up to the last answer."""
     found = []
     asked = set()
     for i in range(len(split)):
