@@ -77,6 +77,8 @@ class Config:
             yield f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.'
         if self.min_lr > self.learning_rate:
             yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
+        if not set(self.log.split(',')) <= {'', 'tensorboard', 'wandb'}:
+            yield f'log={self.log!r}: expected tensorboard, wandb or both with a comma.'
 
 
 # torch takes seconds to import: mistakes on the command line are found before.

@@ -105,7 +105,11 @@ def open_tracker(name, config, step):
     except ImportError:
         raise UserError(f'log={name} needs a package: pip install {name}. log.csv is written '
                         'without it.') from None
-    raise UserError(f'log={name!r}: expected tensorboard, wandb or both with a comma.')
+    except Exception as error:  # no account, no network, whatever the service meets
+        reason = ' '.join(str(error).split())[:150]
+        raise UserError(f'log={name} could not start: {type(error).__name__} {reason}. log.csv is '
+                        'written without it.') from None
+    raise AssertionError(name)
 
 
 def read(out_dir):
