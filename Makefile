@@ -17,7 +17,8 @@ demo: .venv/demo
 	$(BIN)/python demo/run.py
 
 chat: .venv/serve
-	$(BIN)/python serve.py --init_from=out/demo --compare=out/demo-base --temperature=0
+	@test -d out/demo || { echo 'There is no model in out/demo yet. Run: make demo'; exit 2; }
+	$(BIN)/python serve.py --init_from=out/demo --compare=out/demo-base --temperature=0 --max_new_tokens=40
 
 test: .venv/test
 	$(BIN)/python -m pytest -q tests

@@ -29,7 +29,7 @@ except ImportError as error:
 
 import configurator
 from configurator import Count, Natural, Range, UserError
-from core import checkpoint
+from core import checkpoint, readback, tokenfile
 from core.conversation import TEMPLATES
 from core.decoding_weights import prepare
 from core.device import keep_freed_memory, pick_device
@@ -72,6 +72,7 @@ class Served(NamedTuple):
     opened: checkpoint.Opened
     template: str
     batch: Batch
+    examples: list  # questions to try, of its own data
 
     @property
     def window(self):
@@ -88,6 +89,7 @@ class Served(NamedTuple):
             'description': self.opened.description,
             'template': self.template,
             'window': self.window,
+            'examples': self.examples,
             'defaults': {'temperature': config.temperature, 'max_tokens': config.max_new_tokens},
         }
 
@@ -102,7 +104,28 @@ def open_served(config, init_from, role, device):
     name = opened.folder if init_from == 'resume' else os.path.normpath(init_from)
     print(f'{name}: {opened.description}, on {device} in {dtype}, template {template}', flush=True)
     batch = Batch(opened.model, config.batch_size, config.queue, config.remember)
-    return Served(name, role, opened, template, batch)
+    return Served(name, role, opened, template, batch, examples(opened))
+
+
+def examples(opened):
+    """The first short questions of the data that the model was tuned on, three at most."""
+    found = []
+    if not opened.checkpoint:
+        return found
+    config = opened.checkpoint.config
+    try:
+        folder = tokenfile.find_folders(config['dataset'], config['data_dir'])[0]
+        template = tokenfile.read_meta(folder)['template']
+        split = tokenfile.Split([folder], 'val', 'response', opened.tokenizer.vocab_size)
+        for i in range(min(len(split), 200)):
+            text = readback.decode(*split[i], opened.tokenizer, template)[0].text
+            if len(text) < 80 and text not in found:
+                found.append(text)
+            if len(found) == 3:
+                break
+    except (UserError, ValueError, KeyError):
+        pass  # the data is no longer there, or is not of conversations: the page has its own
+    return found
 
 
 def open_all(config):

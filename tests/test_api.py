@@ -47,7 +47,7 @@ class Client(TestClient):
         model = SimpleNamespace(config=SimpleNamespace(block_size=1024))
         opened = checkpoint.Opened(model, BYTES, template, 'scripted')
         batch = SimpleNamespace(busy=0, waiting=[])
-        served = serve.Served('tuned', 'tuned', opened, template, batch)
+        served = serve.Served('tuned', 'tuned', opened, template, batch, [])
         self.script = Script()
         self.script.tokens = answer
         self.script.finish = finish

@@ -17,7 +17,9 @@ import requests
 import torch
 
 import configurator
+import serve
 from configurator import REPOSITORY, UserError
+from conftest import WORDS
 from core import checkpoint, conversation
 from core.conversation import Turn
 from core.generate import Sampling, generate
@@ -28,7 +30,6 @@ pytest.importorskip('uvicorn', reason='serve.py needs requirements-serve.txt')
 openai = pytest.importorskip('openai')
 
 import chat_page
-import serve
 from web import api, app, guard
 from web.batching import Worker
 
@@ -367,3 +368,12 @@ def test_the_page_shows_what_the_api_answers(server):
                 messages.append({'role': 'assistant', 'content': answer.content})
                 assert text == answer.content
         assert not faults
+
+
+def test_the_page_offers_questions_of_the_models_own_data(data, whole):
+    opened = checkpoint.open_model(str(whole))
+    found = serve.examples(opened)
+    assert len(set(found)) == 3 and set(' '.join(found).split()) <= set(WORDS), found
+    assert serve.examples(opened._replace(checkpoint=None)) == []
+    opened.checkpoint.config['data_dir'] = 'nowhere'
+    assert serve.examples(opened) == []
