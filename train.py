@@ -190,7 +190,7 @@ def loop(trainer, log, request):
     """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
     config = trainer.config
     state = trainer.state
-    # At the last line of the log.
+    # The state at the last line of the log.
     before = replace(state)
     trainer.model.train()
     while True:

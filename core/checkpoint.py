@@ -128,7 +128,7 @@ def restore(checkpoint, path, optimizer, scaler):
         # Settings such as the learning rate come from the configuration, not from the file.
         groups = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
-        # Not before the first step.
+        # Before its first step AdamW has no moments at all.
         has_moments = len(optimizer.state) > 0
         for group in optimizer.param_groups:
             for p in group['params']:
@@ -139,7 +139,7 @@ def restore(checkpoint, path, optimizer, scaler):
         loss_sum, n_tokens = checkpoint.interval
         accept(loss_sum, NonNegative)
         accept(n_tokens, Natural)
-        # Empty if the run was not in float16.
+        # The saved state is empty if the run was not in float16.
         if scaler.is_enabled() and checkpoint.scaler:
             for value in checkpoint.scaler.values():
                 accept(value, NonNegative)

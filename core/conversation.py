@@ -211,7 +211,7 @@ def begin_answer(turns, body, first, room, tokenizer):
         room -= sum(len(ids) for ids, _ in pieces)
         text = text[:max(room, 0)]
         while len(text) and b'\xef\xbf\xbd' in tokenizer.decode(text[-4:]).encode()[-3:]:
-            # A token that ends inside a character.
+            # This token ends inside a character.
             text = text[:-1]
         return pieces + [(text, True)] if supervised and len(text) else []
     return []

@@ -70,7 +70,7 @@ def keep_freed_memory():
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
         # Everything comes from the heap, which is reused.
         mallopt(M_MMAP_MAX, 0)
-        # Never give its end back.
+        # Never give the end of the heap back.
         mallopt(M_TRIM_THRESHOLD, -1)
-        # And let it grow by 512 MiB at a time.
+        # Let the heap grow by 512 MiB at a time.
         mallopt(M_TOP_PAD, 1 << 29)

@@ -33,7 +33,7 @@ class KVCache:
         """Attention: qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
         _, B, n_head, _, size = self.k.shape
         q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)
-        # Each of them is (B, n_head, t, size)
+        # q, k and v are (B, n_head, t, size).
         t = q.shape[2]
         keys = self.k[layer, :, :, :self.end]
         values = self.v[layer, :, :, :self.end]

@@ -189,7 +189,7 @@ def fetch(hub, name, local_files_only):
         return path
 
     folder = os.path.dirname(get('config.json'))
-    # Before the weights, which may be large.
+    # Check the small file before fetching the weights.
     read_config(folder)
     found = None
     for file in WEIGHTS:

@@ -92,7 +92,7 @@ def read_exchanges(ids, mask, tokenizer, form):
 def read_request(request, form):
     """The user's turn that this prompt was made from."""
     forms = list(form.user)
-    # Without headings the two cannot be told apart.
+    # Without headings, text and context cannot be told apart.
     if form.user_with_context and form.headings:
         forms = [*form.user_with_context, *forms]
     # The form as a regular expression, with a group for each thing in braces.

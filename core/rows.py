@@ -99,7 +99,7 @@ class Rows:
                 f'nothing to learn in {split.name}: of {len(split)} conversations, '
                 f'{self.n_too_long} are longer than block_size={block_size}, and the others have '
                 'no supervised token.')
-        # The same in each epoch.
+        # The number of rows is the same in each epoch.
         self.n_rows = len(self.epoch(0))
 
     @lru_cache(maxsize=2)  # noqa: B019  (there are two Rows in a process, and they stay)

@@ -21,7 +21,7 @@ from core.tokenizer import GPT2_SHA256
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
-# Of a split, in meta.json.
+# What meta.json counts in each split.
 COUNTS = ('conversations', 'tokens', 'supervised_tokens')
 
 
@@ -187,7 +187,7 @@ class Split:
         self.files = [open_split(folder, split, vocab_size, window) for folder in folders]
         self.lengths = np.concatenate([np.diff(starts) for _, _, starts in self.files])
         counts = [len(starts) - 1 for _, _, starts in self.files]
-        # Of each folder, among all conversations.
+        # The number of each folder's first conversation.
         self.first = np.cumsum([0, *counts])
         # The first token of a conversation is never a target: nothing stands before it.
         self.n_supervised = self.lengths - 1
@@ -211,9 +211,10 @@ class Split:
 
 def count_supervised(mask, starts):
     """Supervised tokens of each conversation, without its first token. (conversations,) int64"""
-    # Differences of a running sum count the ones of each conversation.
-    before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-    return before[starts[1:]] - before[starts[:-1]] - mask[starts[:-1]]
+    firsts = starts[:-1]
+    if not len(firsts):
+        return np.zeros(0, np.int64)
+    return np.add.reduceat(mask, firsts, dtype=np.int64) - mask[firsts]
 
 
 def open_split(folder, split, vocab_size, window):

@@ -140,8 +140,8 @@ class Trainer:
         largest = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
         self.grad_norm = norm.item()
-        # A signal to one of the processes must stop all of them after the same step.
-        # So must a step that is not finite in one of them be skipped by all.
+        # All processes must stop after the same step, whichever of them got the signal, and skip
+        # the same steps, whichever of them found a loss that is not finite.
         losses = torch.stack(losses).tolist()  # the only other read from the device
         loss_sum, norms, n_asked = procs.sum(sum(losses), self.grad_norm, request.asked)
         self.stopped = n_asked > 0

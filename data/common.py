@@ -121,7 +121,7 @@ def download(url, folder):
         for pause in PAUSES_S:
             time.sleep(pause)
             try:
-                # Which the next attempt or run continues.
+                # The next attempt, or the next run, continues the file.
                 fetch(url, path + '.part')
                 os.replace(path + '.part', path)
                 return path

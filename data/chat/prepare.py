@@ -281,7 +281,7 @@ def main(argv):
     form = find_form(source, config.separator)
     print(f'{source.path} holds {form}', file=sys.stderr)
     if form == 'text':
-        # The one that needs no tags.
+        # Documents are no conversations: they get no tags or headings.
         config = dataclasses.replace(config, template='plain')
         examples = read_documents(source, config)
         split_rule = 'hash of the piece of text'
