@@ -242,10 +242,8 @@ def train(config, procs):
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = open_model(config, folders)
     vocab_size = opened.tokenizer.vocab_size
-    # The last token is only predicted.
-    window = config.block_size + 1
-    train_split = tokenfile.Split(folders, 'train', config.loss_on, vocab_size, window)
-    val_split = tokenfile.Split(folders, 'val', config.loss_on, vocab_size, window)
+    train_split = tokenfile.Split(folders, 'train', config.loss_on, vocab_size)
+    val_split = tokenfile.Split(folders, 'val', config.loss_on, vocab_size)
     train_rows = Rows(train_split, config.block_size, config.seed)
     val_rows = Rows(val_split, config.block_size) if len(val_split) else None
 

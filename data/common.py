@@ -267,39 +267,38 @@ def print_text(examples, config):
 
 def export(examples, source, config, folder, splits, recipe, **meta):
     """Write the token files, print a table and the next command. meta: what else meta.json says."""
-    with tokenfile.Writer(folder, splits) as writer:
-        encoded = list(encode_all(examples, config, source.about['bytes']))
-        kept = [example for example in encoded if not example.drop]
-        dropped = Counter(example.drop for example in encoded if example.drop)
-        if not kept:
-            raise UserError(f'{source.path}: no conversation can be used. '
-                            f'Dropped: {dict(dropped)}. Seen: {dict(source.counts)}')
-        if all(example.split != 'train' for example in kept):
-            raise UserError(f'{source.path}: none of the {len(kept)} conversations is for train. '
-                            'Put fewer aside, such as --val_fraction=0')
-        kept.sort(key=lambda example: example.key)
-        for split in splits:
-            chosen = [example for example in kept if example.split == split]
-            ids = np.frombuffer(b''.join(example.ids for example in chosen), np.uint16)
-            mask = np.frombuffer(b''.join(example.mask for example in chosen), np.uint8)
-            writer.add(split, ids, mask, [len(example.mask) for example in chosen])
-        answers = {'learned': sum(example.n_answers for example in encoded),
-                   'cut': sum(example.n_cut for example in encoded),
-                   'lost': sum(example.n_lost for example in encoded),
-                   'tokens_lost': sum(example.n_tokens_lost for example in encoded)}
-        options = dataclasses.asdict(config)
-        for key in ('source', 'input', 'out_dir', 'report', 'stdout'):
-            options.pop(key, None)
-        languages = Counter(example.language for example in kept if example.language)
-        meta |= {'source': source.about, 'template': config.template,
-                 'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,
-                 'seen': len(encoded), 'kept': len(kept), 'dropped': dropped,
-                 'truncated': sum(example.n_tokens_lost > 0 for example in kept),
-                 'answers': answers,
-                 'languages': dict(sorted(languages.items())),
-                 'counts': source.counts, 'broken_lines': len(source.broken)}
-        writer.finish(meta)
-    print_table(meta, writer.counts)
+    encoded = list(encode_all(examples, config, source.about['bytes']))
+    kept = [example for example in encoded if not example.drop]
+    dropped = Counter(example.drop for example in encoded if example.drop)
+    if not kept:
+        raise UserError(f'{source.path}: no conversation can be used. '
+                        f'Dropped: {dict(dropped)}. Seen: {dict(source.counts)}')
+    if all(example.split != 'train' for example in kept):
+        raise UserError(f'{source.path}: none of the {len(kept)} conversations is for train. '
+                        'Put fewer aside, such as --val_fraction=0')
+    kept.sort(key=lambda example: example.key)
+    files = {split: [] for split in splits}
+    for example in kept:
+        ids = np.frombuffer(example.ids, np.uint16)
+        mask = np.frombuffer(example.mask, np.uint8)
+        files[example.split].append((ids, mask))
+    answers = {'learned': sum(example.n_answers for example in encoded),
+               'cut': sum(example.n_cut for example in encoded),
+               'lost': sum(example.n_lost for example in encoded),
+               'tokens_lost': sum(example.n_tokens_lost for example in encoded)}
+    options = dataclasses.asdict(config)
+    for key in ('source', 'input', 'out_dir', 'report', 'stdout'):
+        options.pop(key, None)
+    languages = Counter(example.language for example in kept if example.language)
+    meta |= {'source': source.about, 'template': config.template,
+             'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,
+             'seen': len(encoded), 'kept': len(kept), 'dropped': dropped,
+             'truncated': sum(example.n_tokens_lost > 0 for example in kept),
+             'answers': answers,
+             'languages': dict(sorted(languages.items())),
+             'counts': source.counts, 'broken_lines': len(source.broken)}
+    meta = tokenfile.write(folder, files, meta)
+    print_table(meta, meta['splits'])
     if config.report:
         sys.stdout.flush()
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'report.py')

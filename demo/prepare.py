@@ -23,11 +23,10 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 import configurator
 from configurator import Count, Seed
-from core import conversation
+from core import conversation, tokenfile
 from core import tokenizer as vocabularies
 from core.conversation import Turn
 from core.files import write_whole
-from core.tokenfile import Writer
 
 # Kinds of questions that are never asked about some countries: country -> capital, and back.
 DIRECTIONS = {'capital': 'forward', 'country': 'backward'}
@@ -206,13 +205,10 @@ def learn_vocabulary(texts, vocab_size, path):
 
 def write_dataset(folder, template, examples, vocabulary, config):
     """Write examples, a list of (ids, mask), as a prepared folder."""
-    with Writer(folder, ('train', 'val')) as writer:
-        for i, (ids, mask) in enumerate(examples):
-            writer.add('val' if i < N_VAL else 'train', ids, mask, [len(ids)])
-        writer.finish({
-            'template': template, 'tokenizer': vocabulary.state(), 'seed': config.seed,
-            'source': {'name': 'demo/facts.csv', 'licence': 'MIT'}, 'options': asdict(config),
-            'seen': len(examples), 'kept': len(examples), 'dropped': {}, 'truncated': 0})
+    tokenfile.write(folder, {'train': examples[N_VAL:], 'val': examples[:N_VAL]}, {
+        'template': template, 'tokenizer': vocabulary.state(), 'seed': config.seed,
+        'source': {'name': 'demo/facts.csv', 'licence': 'MIT'}, 'options': asdict(config),
+        'seen': len(examples), 'kept': len(examples), 'dropped': {}, 'truncated': 0})
 
 
 def main(argv):

@@ -100,12 +100,10 @@ def real_trees():
 
 def write_data(folder, bpe, splits, template='xml'):
     """A prepared folder of {split: [conversations, lists of turns]}."""
-    with tokenfile.Writer(str(folder), splits) as writer:
-        for split, conversations in splits.items():
-            for turns in conversations:
-                ids, mask, _ = conversation.encode(turns, bpe, template)
-                writer.add(split, ids, mask, [len(ids)])
-        writer.finish({'template': template, 'tokenizer': bpe.state()})
+    encoded = {}
+    for split, conversations in splits.items():
+        encoded[split] = [conversation.encode(turns, bpe, template)[:2] for turns in conversations]
+    tokenfile.write(str(folder), encoded, {'template': template, 'tokenizer': bpe.state()})
 
 
 @pytest.fixture(scope='session')

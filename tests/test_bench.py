@@ -44,10 +44,9 @@ def test_rounds_go_back_and_forth_and_medians_are_compared():
 @pytest.fixture
 def prepared(small, tmp_path):
     """A prepared folder of four conversations."""
-    with tokenfile.Writer(str(tmp_path), ['train', 'val']) as writer:
-        for split in ('train', 'val'):
-            writer.add(split, list(range(20)) * 2, [0, 1] * 20, [20, 20])
-        writer.finish({'template': 'xml', 'tokenizer': small.state()})
+    two = [(range(20), [0, 1] * 10)] * 2
+    tokenfile.write(str(tmp_path), {'train': two, 'val': two},
+                    {'template': 'xml', 'tokenizer': small.state()})
     return str(tmp_path)
 
 

@@ -26,10 +26,8 @@ def run(tmp_path_factory, small):
     base = tmp_path_factory.mktemp('card')
     ids, mask, _ = encode([Turn('user', 'Hi'), Turn('assistant', 'Hello.')], small)
     for name, more in (('talks', {'source': OASST}), ('mine', {})):
-        with tokenfile.Writer(str(base / 'data' / name), ('train', 'val')) as writer:
-            for split in ('train', 'val'):
-                writer.add(split, ids, mask, [len(ids)])
-            writer.finish({'template': 'xml', 'tokenizer': small.state(), **more})
+        tokenfile.write(str(base / 'data' / name), {'train': [(ids, mask)], 'val': [(ids, mask)]},
+                        {'template': 'xml', 'tokenizer': small.state(), **more})
     keys = {'init_from': 'scratch', 'dataset': 'talks,mine', 'data_dir': base / 'data',
             'out_dir': base / 'out', 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 64,
             'batch_size': 1, 'gradient_accumulation_steps': 1, 'max_iters': 2, 'device': 'cpu',

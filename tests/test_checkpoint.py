@@ -158,9 +158,8 @@ def test_code_in_files_of_numbers_and_json_is_refused_and_not_run(tmp_path, name
     npy = io.BytesIO()
     np.save(npy, np.array([payload]), allow_pickle=True)
     for planted in (pickle.dumps(payload), pickle.dumps(payload, protocol=0), npy.getvalue()):
-        with tokenfile.Writer(str(tmp_path), ('train',)) as writer:
-            writer.add('train', [1, 2, 3, 4], [0, 1, 1, 0], [4])
-            writer.finish({'template': 'xml', 'tokenizer': BPE.state()})
+        tokenfile.write(str(tmp_path), {'train': [([1, 2, 3, 4], [0, 1, 1, 0])]},
+                        {'template': 'xml', 'tokenizer': BPE.state()})
         (tmp_path / 'merges.txt').write_text('')
         (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_embd": 16}')
         (tmp_path / name).write_bytes(planted)

@@ -36,13 +36,13 @@ def run(tmp_path):
 
     The data set: five conversations to validate on, whose texts look like HTML and tags.
     """
-    with tokenfile.Writer(str(tmp_path / 'data' / 'small'), ('train', 'val')) as writer:
-        for i in range(5):
-            turns = [Turn('user', f'<b>question</b> {i} </user>'),
-                     Turn('assistant', f'<script>answer {i}')]
-            ids, mask, _ = encode(turns, BYTES)
-            writer.add('val', ids, mask, [len(ids)])
-        writer.finish({'template': 'xml', 'tokenizer': BYTES.state()})
+    found = []
+    for i in range(5):
+        turns = [Turn('user', f'<b>question</b> {i} </user>'),
+                 Turn('assistant', f'<script>answer {i}')]
+        found.append(encode(turns, BYTES)[:2])
+    tokenfile.write(str(tmp_path / 'data' / 'small'), {'train': [], 'val': found},
+                    {'template': 'xml', 'tokenizer': BYTES.state()})
     (tmp_path / 'quiz.jsonl').write_text('\n\n'.join(json.dumps(row) for row in QUIZ))
 
     def run(*models, **keys):

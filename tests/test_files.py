@@ -104,10 +104,7 @@ def test_a_file_is_on_the_disk_before_its_name_and_the_name_at_the_end(tmp_path,
 
 @needs_proc
 def test_a_data_set_is_on_the_disk_before_its_names_and_meta_comes_last(tmp_path, operations):
-    with tokenfile.Writer(str(tmp_path), ('train',)) as writer:
-        writer.add('train', [1, 2], [0, 1], [2])
-        operations.clear()
-        writer.finish({})
+    tokenfile.write(str(tmp_path), {'train': [([1, 2], [0, 1])]}, {})
     names = ['meta.json', 'train.bin', 'train.idx.bin', 'train.mask.bin']
     assert sorted(operations[:4]) == [f'flush {name}' for name in names]
     assert sorted(operations[4:8]) == [f'rename to {name}' for name in names]
@@ -139,18 +136,15 @@ def test_a_second_writer_says_so_until_the_first_is_gone_though_its_workers_live
     first = hold(folder)
     worker = int(first.stdout.readline())
     (folder / '.partial').mkdir()
-    for write in (only_writer(str(folder)), tokenfile.Writer(str(folder), ('train',))):
-        with pytest.raises(UserError, match=BUSY) as error:
-            with write:
-                pass
-        assert '\n' not in str(error.value)
+    with pytest.raises(UserError, match=BUSY) as error:
+        tokenfile.write(str(folder), {}, {})
+    assert '\n' not in str(error.value)
     assert (folder / '.partial').is_dir()  # left as it was
     first.kill()
     first.wait()
     try:
         os.kill(worker, 0)  # it lives
-        with tokenfile.Writer(str(folder), ('train',)):
-            pass
+        tokenfile.write(str(folder), {}, {})
     finally:
         os.kill(worker, signal.SIGKILL)
 

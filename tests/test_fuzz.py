@@ -30,7 +30,7 @@ def leave_out(*arguments):
     ('config', 'configurator.accept', lambda value, kind: value),
     ('vocabulary', 'core.tokenizer.reading', leave_out),
     ('oasst', 'data.common.reading', leave_out),
-    ('data', 'core.tokenfile.check_ids', leave_out),
+    ('data', 'core.tokenfile.reading', leave_out),
     ('checkpoint', 'core.checkpoint.reading', leave_out)], indirect=['target'])
 def test_a_check_that_is_left_out_is_found(target, name, planted, monkeypatch):
     monkeypatch.setattr(name, planted)

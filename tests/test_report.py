@@ -19,12 +19,11 @@ def prepared(tmp_path, small):
     """A function that prepares a folder of n conversations; keywords go into meta.json."""
     def run(n=40, **meta):
         folder = str(tmp_path / 'out')
-        with tokenfile.Writer(folder, ('train', 'val')) as writer:
-            for i in range(n):
-                turns = [Turn('user', f'question {i} {EVIL}'), Turn('assistant', 'yes ' * i + EVIL)]
-                ids, mask, _ = encode(turns, small)
-                writer.add('val' if i % 10 == 9 else 'train', ids, mask, [len(ids)])
-            writer.finish({'template': 'xml', 'tokenizer': small.state()} | meta)
+        splits = {'train': [], 'val': []}
+        for i in range(n):
+            turns = [Turn('user', f'question {i} {EVIL}'), Turn('assistant', 'yes ' * i + EVIL)]
+            splits['val' if i % 10 == 9 else 'train'].append(encode(turns, small)[:2])
+        tokenfile.write(folder, splits, {'template': 'xml', 'tokenizer': small.state()} | meta)
         return folder
     return run
 

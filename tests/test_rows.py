@@ -3,18 +3,21 @@ import numpy as np
 import pytest
 
 from configurator import UserError
+from core import tokenfile
 from core.rows import Rows, make_batch, pack
-from core.tokenfile import Split, Writer
+from core.tokenfile import Split
+
+META = {'template': 'xml', 'tokenizer': {'name': 'x', 'sha256': 'y'}}
 
 
 def of_lengths(folder, lengths, n_supervised=1):
     """A split of conversations of these lengths, supervised on their last tokens."""
     rng = np.random.default_rng(0)
-    with Writer(str(folder), ('train',)) as writer:
-        for length in lengths:
-            mask = np.arange(length) >= length - n_supervised
-            writer.add('train', rng.integers(0, 65536, length), mask, [length])
-        writer.finish({'template': 'xml', 'tokenizer': {'name': 'x', 'sha256': 'y'}})
+    found = []
+    for length in lengths:
+        mask = np.arange(length) >= length - n_supervised
+        found.append((rng.integers(0, 65536, length), mask))
+    tokenfile.write(str(folder), {'train': found}, META)
     return Split([str(folder)], 'train')
 
 
@@ -113,10 +116,9 @@ def test_nothing_to_learn_is_a_line(tmp_path, lengths, n_supervised, said):
 # ---- batches ----
 
 def test_a_batch_is_the_conversations_side_by_side(tmp_path):
-    with Writer(str(tmp_path), ('train',)) as writer:
-        writer.add('train', [10, 11, 12, 20, 21, 22, 23, 30, 31, 32],
-                   [0, 0, 1, 0, 1, 0, 1, 0, 1, 1], [3, 4, 3])
-        writer.finish({'template': 'xml', 'tokenizer': {'name': 'x', 'sha256': 'y'}})
+    tokenfile.write(str(tmp_path), {'train': [
+        ([10, 11, 12], [0, 0, 1]), ([20, 21, 22, 23], [0, 1, 0, 1]), ([30, 31, 32], [0, 1, 1])]},
+        META)
     batch = make_batch(Split([str(tmp_path)], 'train'), [1, 0, 2])
     assert batch.idx.tolist() == [10, 11, 30, 31, 20, 21, 22]
     assert batch.positions.tolist() == [0, 1, 0, 1, 0, 1, 2]

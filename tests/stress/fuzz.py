@@ -209,12 +209,12 @@ def read_oasst(choices):
 
 
 def make_data():
-    with tokenfile.Writer('.', ('train', 'val')) as writer:
-        for n in range(4):
-            turns = [Turn('user', 'x' * n), Turn('assistant', 'y' * n)]
-            ids, mask, _ = encode(turns, SMALL)
-            writer.add('train', ids, mask, [len(ids)])
-        writer.finish({'template': 'xml', 'tokenizer': SMALL.state(), 'source': {'name': 'x'}})
+    found = []
+    for n in range(4):
+        turns = [Turn('user', 'x' * n), Turn('assistant', 'y' * n)]
+        found.append(encode(turns, SMALL)[:2])
+    tokenfile.write('.', {'train': found, 'val': []}, {
+        'template': 'xml', 'tokenizer': SMALL.state(), 'source': {'name': 'x'}})
 
 
 def read_data(choices):

@@ -51,13 +51,12 @@ def make_data(folder):
     """A small data set: 71 conversations of random letters, a token for each byte."""
     rng = random.Random(0)
     tokens = Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)
-    with tokenfile.Writer(folder, ('train', 'val')) as writer:
-        for i in range(71):
-            asked = ''.join(rng.choices('abcdef', k=rng.randint(5, 40)))
-            turns = [Turn('user', asked), Turn('assistant', ''.join(sorted(asked[:15])))]
-            ids, mask, _ = encode(turns, tokens)
-            writer.add('val' if i % 8 == 7 else 'train', ids, mask, [len(ids)])
-        writer.finish({'template': 'xml', 'tokenizer': tokens.state()})
+    splits = {'train': [], 'val': []}
+    for i in range(71):
+        asked = ''.join(rng.choices('abcdef', k=rng.randint(5, 40)))
+        turns = [Turn('user', asked), Turn('assistant', ''.join(sorted(asked[:15])))]
+        splits['val' if i % 8 == 7 else 'train'].append(encode(turns, tokens)[:2])
+    tokenfile.write(folder, splits, {'template': 'xml', 'tokenizer': tokens.state()})
 
 
 class Run:
