@@ -13,6 +13,7 @@ import shlex
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import configurator
@@ -66,8 +67,8 @@ class Config:
     timeout_s: Count = 600           # a process gives up if the others do not answer for so long
     seed: Seed = 1337                # of the order of the data, dropout and a model from scratch
     # where the numbers of log.csv go as well
-    log: str = ''                    # tensorboard, wandb or both with a comma
-    wandb_log: bool = False          # nanoGPT's way to say --log=wandb
+    tensorboard: bool = False        # to out_dir/tensorboard
+    wandb_log: bool = False          # to Weights & Biases
     wandb_project: str = ''          # of Weights & Biases
     wandb_run_name: str = ''         # of Weights & Biases
 
@@ -77,8 +78,9 @@ class Config:
             yield f'n_embd={self.n_embd} is not a multiple of n_head={self.n_head}.'
         if self.min_lr > self.learning_rate:
             yield f'min_lr={self.min_lr} is above learning_rate={self.learning_rate}.'
-        if not set(self.log.split(',')) <= {'', 'tensorboard', 'wandb'}:
-            yield f'log={self.log!r}: expected tensorboard, wandb or both with a comma.'
+        for package, wanted in (('tensorboard', self.tensorboard), ('wandb', self.wandb_log)):
+            if wanted and not find_spec(package):
+                yield f'{package} is not installed. Run: pip install {package}'
 
 
 # torch takes seconds to import: mistakes on the command line are found before.
@@ -105,7 +107,7 @@ def open_model(config, folders):
     template = metas[0]['template']
     # One data set that needs the tags is enough.
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
-    with reading(f'{config.dataset}: its vocabulary', 'Prepare the data again.'):
+    with reading(config.dataset, 'Prepare the data again.'):
         tokenizer = tokenizers.from_state(metas[0]['tokenizer'] | {'tags': tags})
         if any(meta['tokenizer']['sha256'] != tokenizer.sha256 for meta in metas):
             raise UserError(f'{config.dataset} were prepared with different vocabularies.')
@@ -144,27 +146,25 @@ def evaluate_and_save(trainer, log, request, is_last):
     if trainer.stopped:
         return
     state.evaluated_at = state.step
-    better = val_loss is not None and (state.best is None or val_loss < state.best)
-    if better:
-        state.best = val_loss
-        state.n_worse = 0
-    elif val_loss is not None:
-        state.n_worse += 1
-    # First the row, then best.pt, then ckpt.pt: killed in between, the run comes back from the
-    # older ckpt.pt and writes all of them again.
+    better = False
     if val_loss is not None:
+        better = state.best is None or val_loss < state.best
+        state.n_worse = 0 if better else state.n_worse + 1
+        # First the row, then best.pt, then ckpt.pt: killed in between, the run comes back from
+        # the older ckpt.pt and writes all of them again.
         log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', val_loss=repr(val_loss),
                   seconds=f'{state.seconds:.2f}')
-    # Nothing is learned at step 0.
-    saves = state.step > 0 or is_last
-    if saves and better:
-        trainer.save('best.pt', val_loss)
-    if saves and (better or val_loss is None or config.always_save_checkpoint):
-        trainer.save('ckpt.pt', val_loss)
-    if val_loss is not None:
-        best = ' (best so far)' if better else ''
-        log.say(f'step {state.step}/{config.max_iters} | val_loss {val_loss:.4f}{best}')
+        log.say(f'step {state.step}/{config.max_iters} | val_loss {val_loss:.4f}'
+                f'{" (best so far)" if better else ""}')
         log.draw()
+    if better:
+        state.best = val_loss
+    # Nothing is learned at step 0.
+    if state.step > 0 or is_last:
+        if better:
+            trainer.save('best.pt', val_loss)
+        if better or val_loss is None or config.always_save_checkpoint:
+            trainer.save('ckpt.pt', val_loss)
 
 
 def log_line(trainer, log, before):
@@ -174,32 +174,30 @@ def log_line(trainer, log, before):
     loss_sum, n_tokens = state.interval
     if not n_tokens:
         return  # all of these steps were skipped
+    loss = loss_sum / n_tokens
     lr = learning_rate(config, state.step - 1)
     took = state.seconds - before.seconds
     tokens_per_s = (n_tokens - before.interval[1]) / took
     left = (config.max_iters - state.step) * took / (state.step - before.step)
-    log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', loss=repr(loss_sum / n_tokens),
+    log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', loss=repr(loss),
               learning_rate=repr(lr), grad_norm=repr(trainer.grad_norm),
               tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{state.seconds:.2f}')
-    log.say(f'step {state.step}/{config.max_iters} | loss {loss_sum / n_tokens:.4f} | '
-            f'lr {lr:.2e} | {tokens_per_s:,.0f} supervised tokens/s | '
-            f'{timedelta(seconds=round(left))} left')
+    log.say(f'step {state.step}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | '
+            f'{tokens_per_s:,.0f} supervised tokens/s | {timedelta(seconds=round(left))} left')
 
 
 def loop(trainer, log, request):
     """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
     config = trainer.config
     state = trainer.state
-    # The state at the last line of the log.
-    before = replace(state)
+    before = replace(state)  # at the last line of the log
     trainer.model.train()
-    while True:
+    while not trainer.stopped:
         is_last = state.step >= config.max_iters
         due = state.step % config.eval_interval == 0 or is_last
         if due and state.evaluated_at != state.step:
             evaluate_and_save(trainer, log, request, is_last)
-        out_of_patience = 0 < config.patience <= state.n_worse
-        if is_last or trainer.stopped or out_of_patience:
+        if trainer.stopped or is_last or 0 < config.patience <= state.n_worse:
             break
         trainer.train_step(request)
         log.bar.update()
@@ -208,16 +206,14 @@ def loop(trainer, log, request):
             state.interval = (0.0, 0)
             before = replace(state)
         if config.sample_every and state.step % config.sample_every == 0 and not log.silent:
-            answer = trainer.answer()
-            log.say(f'step {state.step}/{config.max_iters} | {config.sample_prompt} -> {answer!r}')
-        if trainer.stopped:
-            break
+            log.say(f'step {state.step}/{config.max_iters} | {config.sample_prompt} -> '
+                    f'{trainer.answer()!r}')
     resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
     if trainer.stopped:
         trainer.save('ckpt.pt')
         log.say(f'stopped after step {state.step}. Go on: python train.py {resume}')
         return
-    if not is_last:
+    if state.step < config.max_iters:
         log.say(f'no better val_loss in {config.patience} evaluations')
     log.draw()
     log.say(f'finished. Talk to it: python sample.py {resume} --chat')
@@ -256,31 +252,31 @@ def train(config, procs):
         config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
     was = opened.checkpoint.conditions
     trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)
-
-    if procs.rank == 0 and not config.eval_only and config.init_from != 'resume':
-        clear_out_dir(config)
     silent = procs.rank > 0
-    with StopRequest(silent) as request:
-        if config.eval_only:
-            if not val_rows:
-                raise UserError(f'{config.dataset} has no validation data to evaluate on.')
-            val_loss = trainer.evaluate(request)
-            if val_loss is not None and not silent:
-                print(f'val_loss {val_loss:.4f}')
-            return
-        log = RunLog(config, trainer.state, silent)
-        log.say(train_rows.describe())
-        log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')
-        n_parameters = sum(p.numel() for p in trainer.model.parameters())
-        log.say(f'{opened.description}: {n_parameters / 1e6:.1f} M parameters, in '
-                f'{trainer.conditions()["dtype"]} on {procs.device}, processes: {procs.world}')
-        log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are '
-                f'{last_row / train_rows.n_rows:.2f} epochs')
-        for key, now in trainer.conditions().items():
-            if was and repr(was.get(key)) != repr(now):
-                log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
-                        f'is {now}')
-        loop(trainer, log, request)
+    request = StopRequest(silent)
+    if config.eval_only:
+        if not val_rows:
+            raise UserError(f'{config.dataset} has no validation data to evaluate on.')
+        val_loss = trainer.evaluate(request)
+        if val_loss is not None and not silent:
+            print(f'val_loss {val_loss:.4f}')
+        return
+
+    if not silent and config.init_from != 'resume':
+        clear_out_dir(config)
+    log = RunLog(config, trainer.state, silent)
+    log.say(train_rows.describe())
+    log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')
+    n_parameters = sum(p.numel() for p in trainer.model.parameters())
+    log.say(f'{opened.description}: {n_parameters / 1e6:.1f} M parameters, in '
+            f'{trainer.conditions()["dtype"]} on {procs.device}, processes: {procs.world}')
+    log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are '
+            f'{last_row / train_rows.n_rows:.2f} epochs')
+    for key, now in trainer.conditions().items():
+        if was and repr(was.get(key)) != repr(now):
+            log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
+                    f'is {now}')
+    loop(trainer, log, request)
     log.finish()
 
 

@@ -5,7 +5,7 @@
 import os
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -44,10 +44,6 @@ class Processes:
             module.register_comm_hook(self.works, sum_gradients)
         return module
 
-    def no_sync(self, module):
-        """A context in which backward keeps the gradients of this process to itself."""
-        return module.no_sync() if self.world > 1 else nullcontext()
-
     def wait(self):
         """Wait until the gradients are summed, timeout_s at most.
 
@@ -71,7 +67,7 @@ class LossModule(nn.Module):
 def sum_gradients(works, bucket):
     """Communication hook: the sum, where DDP divides by the number of processes.
 
-    A step divides by its number of supervised tokens instead, see train.py.
+    A step divides by its number of supervised tokens instead, see trainer.py.
     """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     works.append(work)
@@ -82,7 +78,6 @@ def sum_gradients(works, bucket):
 def processes(config):
     """The Processes that torchrun's environment describes; one alone without torchrun."""
     world = int(os.environ.get('WORLD_SIZE', 1))
-    rank = int(os.environ.get('RANK', 0))
     device = pick_device(config.device)
     if world == 1:
         yield Processes(0, 1, device)
@@ -101,25 +96,22 @@ def processes(config):
         os.environ['TORCH_NCCL_BLOCKING_WAIT'] = '1'
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         device_id = torch.device(device)
-    status = 0
+    status = 2
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s),
                                 device_id=device_id)
-        yield Processes(rank, world, device)
+        yield Processes(int(os.environ['RANK']), world, device)
         # Nobody leaves while another still needs it.
         dist.barrier()
+        status = 0
     except UserError as error:
         configurator.report(error)
-        status = 2
     except RuntimeError as error:
         # The only sign that another process ended or hangs.
         if not isinstance(error, dist.DistError) and 'gloo' not in str(error):
             raise
-        reason = str(error).strip().split('\n')[-1][-120:]
-        print(f'process {rank} of {world} stops: another one ended or did not answer within '
-              f'timeout_s ({reason}). Go on from the last checkpoint with --init_from=resume',
-              file=sys.stderr)
-        status = 2
+        print('another process ended or did not answer within timeout_s. Go on from the last '
+              'checkpoint with --init_from=resume', file=sys.stderr)
     # Not by way of the interpreter's exit, where gloo's threads abort now and then (torch 2.13).
     sys.stdout.flush()
     sys.stderr.flush()
@@ -132,21 +124,15 @@ class StopRequest:
     def __init__(self, silent):
         self.asked = False
         self.silent = silent
-
-    def __enter__(self):
         self.before = {}
         for name in (signal.SIGINT, signal.SIGTERM):
             self.before[name] = signal.signal(name, self.ask)
-        return self
 
     def ask(self, number, frame):
         """The signal handler."""
         self.asked = True
-        self.__exit__()
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
         if not self.silent:
             # Not print, which may be what was interrupted.
             os.write(2, b'\nstopping after this step; once more to stop at once, without saving\n')
-
-    def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)

@@ -99,11 +99,12 @@ class Rows:
                 f'nothing to learn in {split.name}: of {len(split)} conversations, '
                 f'{self.n_too_long} are longer than block_size={block_size}, and the others have '
                 'no supervised token.')
+        # A step may need the end of one epoch and the beginning of the next.
+        self.epoch = lru_cache(maxsize=2)(self.make_epoch)
         # The number of rows is the same in each epoch.
         self.n_rows = len(self.epoch(0))
 
-    @lru_cache(maxsize=2)  # noqa: B019  (there are two Rows in a process, and they stay)
-    def epoch(self, epoch):
+    def make_epoch(self, epoch):
         """The rows of one epoch, lists of conversations. Not shuffled if seed is None."""
         if self.seed is None:
             return pack(self.split.lengths - 1, self.block_size, self.usable)
@@ -117,12 +118,9 @@ class Rows:
         """A line for a person."""
         lengths = self.split.lengths[self.usable]
         full = (lengths - 1).sum() / self.n_rows / self.block_size
-        text = (f'{self.split.name}: {len(lengths):,} conversations, {lengths.sum():,} tokens, '
+        return (f'{self.split.name}: {len(lengths):,} conversations, {lengths.sum():,} tokens, '
                 f'{self.split.n_supervised[self.usable].sum():,} supervised, in {self.n_rows:,} '
-                f'rows of {self.block_size} ({full:.1%} full)')
-        if self.n_too_long:
-            text += f'; {self.n_too_long:,} longer conversations are left out'
-        return text
+                f'rows of {self.block_size} ({full:.1%} full); {self.n_too_long:,} too long')
 
     def conversations(self, start, stop):
         """The conversations of rows start to stop, counted through all epochs."""

@@ -30,12 +30,11 @@ class RunLog:
                        disable=silent or None)
         if silent:
             return
-        # The log begins with the rows up to the checkpoint, and goes on from there.
+        # A run that goes on keeps the rows up to its checkpoint; a new one has none.
         rows = []
-        for row in read(config.out_dir):
-            # Of a run that goes on: the rows up to its checkpoint.
+        for row in read(config.out_dir) if state.step else []:
             last = (state.evaluated_at or 0) if row['val_loss'] else state.step
-            if state.step and row['step'] <= last:
+            if int(row['step']) <= last:
                 rows.append(row)
         with write_whole(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
@@ -43,9 +42,14 @@ class RunLog:
             writer.writerows(rows)
         with write_whole(os.path.join(config.out_dir, 'config.json')) as file:
             json.dump(asdict(config), file, indent=1)
-        # wandb_log is nanoGPT's way to say --log=wandb.
-        names = config.log.split(',') + ['wandb'] * config.wandb_log
-        self.trackers = [open_tracker(name, config, state.step) for name in names if name]
+        if config.tensorboard:
+            self.trackers.append(tensorboard(config, state.step))
+        if config.wandb_log:
+            import wandb
+            run = wandb.init(dir=config.out_dir, config=asdict(config), resume='auto',
+                             project=config.wandb_project or None,
+                             name=config.wandb_run_name or None)
+            self.trackers.append(run.log)
 
     def say(self, text):
         """Print a line, above the progress bar if there is one."""
@@ -64,9 +68,10 @@ class RunLog:
         except OSError as error:
             raise UserError(f'cannot write {self.path}: {error.strerror}. Make room, then go on '
                             'from the last checkpoint: --init_from=resume') from None
-        numbers = {name: float(value) for name, value in row.items() if name != 'step'}
+        step = row.pop('step')
+        numbers = {name: float(value) for name, value in row.items()}
         for track in self.trackers:
-            track(numbers, row['step'])
+            track(numbers, step=step)
 
     def draw(self):
         """Draw loss.png. A run goes on without it."""
@@ -83,33 +88,17 @@ class RunLog:
         self.say(f'the curve is in {self.out_dir}/loss.png, the numbers are in {self.path}')
 
 
-def open_tracker(name, config, step):
-    """A function (numbers, step) that sends numbers to TensorBoard or Weights & Biases."""
-    try:
-        if name == 'tensorboard':
-            from torch.utils.tensorboard import SummaryWriter
-            folder = os.path.join(config.out_dir, 'tensorboard')
-            # On resuming, what was written after the checkpoint is dropped.
-            writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+def tensorboard(config, step):
+    """A function (numbers, step) that sends numbers to TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+    folder = os.path.join(config.out_dir, 'tensorboard')
+    # What was written after the checkpoint is dropped.
+    writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
 
-            def track(numbers, step):
-                for key, value in numbers.items():
-                    writer.add_scalar(key, value, step)
-            return track
-        if name == 'wandb':
-            import wandb
-            run = wandb.init(dir=config.out_dir, config=asdict(config), resume='auto',
-                             project=config.wandb_project or None,
-                             name=config.wandb_run_name or None)
-            return lambda numbers, step: run.log(numbers, step=step)
-    except ImportError:
-        raise UserError(f'log={name} needs a package: pip install {name}. log.csv is written '
-                        'without it.') from None
-    except Exception as error:  # no account, no network, whatever the service meets
-        reason = ' '.join(str(error).split())[:150]
-        raise UserError(f'log={name} could not start: {type(error).__name__} {reason}. log.csv is '
-                        'written without it.') from None
-    raise AssertionError(name)
+    def track(numbers, step):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+    return track
 
 
 def read(out_dir):
@@ -117,35 +106,27 @@ def read(out_dir):
     path = os.path.join(out_dir, 'log.csv')
     if not os.path.exists(path):
         return []
-    with reading(path, 'Move it away, and the run goes on without its rows.'):
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = [row for row in csv.DictReader(file) if row['seconds']]  # else it was cut short
-        for row in rows:
-            row['step'] = int(row['step'])
-            for name in COLUMNS:
-                float(row[name] or 0)  # an error, unless all of them are numbers
-    return rows
+    with reading(path), open(path, newline='', encoding='utf-8') as file:
+        return [row for row in csv.DictReader(file) if row['seconds']]
 
 
 def plot(out_dir):
     """Draw loss.png from log.csv."""
-    rows = read(out_dir)
-    if not rows:
-        return
     import matplotlib  # slow to import
     matplotlib.use('Agg')
     from matplotlib import pyplot
+    rows = read(out_dir)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
     for name, marker in (('loss', ''), ('val_loss', 'o')):
-        points = [(row['step'], float(row[name])) for row in rows if row[name]]
+        points = [(int(row['step']), float(row[name])) for row in rows if row[name]]
         if points:
             label = f'{name} (last {points[-1][1]:.3f})'
             axes.plot(*zip(*points), marker=marker, markersize=4, label=label)
+            axes.legend()
     title = os.path.basename(os.path.abspath(out_dir))
     axes.set(xlabel='step', ylabel='nats per supervised token')
     axes.set_title(title, parse_math=False)  # a dollar sign is nothing but one
     axes.grid(alpha=0.3)
-    axes.legend()
     with write_whole(os.path.join(out_dir, 'loss.png'), 'wb') as file:
         figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,8 +14,13 @@ from configurator import UserError
 from core import checkpoint, conversation
 from core.conversation import Turn
 from core.device import autocast, pick_dtype
-from core.files import Bar, reading
+from core.files import Bar
 from core.generate import Sampling, generate
+
+# A run ends after so many skipped steps in a row. float16 begins with a few, until its scale fits.
+MOST_SKIPPED = {True: 50, False: 5}
+WHAT_TO_DO = ('Nothing was saved; the last checkpoint is as it was. Try a lower --learning_rate, '
+              '--grad_clip=1 or --dtype=float32.')
 
 
 def learning_rate(config, step):
@@ -31,20 +35,6 @@ def learning_rate(config, step):
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def make_optimizer(config, model, step):
-    """AdamW with weight decay on matrices only, as it is after this step."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{'params': matrices, 'weight_decay': config.weight_decay},
-              {'params': others, 'weight_decay': 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate(config, max(0, step - 1)), fused=True,
-                             betas=(config.beta1, config.beta2))
-
-
-WHAT_TO_DO = ('Nothing was saved; the last checkpoint is as it was. Try a lower --learning_rate, '
-              '--grad_clip=1 or --dtype=float32.')
-
-
 class Trainer:
     """One run. Its `state`, a Checkpoint, holds all that changes from step to step."""
 
@@ -54,33 +44,30 @@ class Trainer:
         self.opened = opened
         self.state = opened.checkpoint
         self.train_rows = train_rows
-        # None if the validation set is empty.
-        self.val_rows = val_rows
+        self.val_rows = val_rows  # None if the validation set is empty
         self.last_row = last_row  # where the run ends
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.grad_norm = 0.0
+        self.n_skipped = 0  # steps in a row that were not applied
+        self.stopped = False  # by a signal to any of the processes
+        self.dtype = pick_dtype(config.dtype, procs.device)
         self.model = opened.model.to(procs.device)
         for p in self.model.parameters():
             # transformers' weights come as transposed views.
             p.data = p.data.contiguous()
         if config.compile:
             self.model.compile()
-        self.dtype = pick_dtype(config.dtype, procs.device)
         self.loss = procs.wrap(self.model)
-        self.optimizer = make_optimizer(config, self.model, self.state.step)
+        # Weight decay is for matrices only.
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [{'params': matrices, 'weight_decay': config.weight_decay},
+                  {'params': others, 'weight_decay': 0.0}]
+        lr = learning_rate(config, max(0, self.state.step - 1))  # train_step sets the next
+        self.optimizer = torch.optim.AdamW(groups, lr, (config.beta1, config.beta2), fused=True)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
-        if config.sample_every:
-            with reading('--sample_prompt', 'Expected a text that fits block_size.'):
-                turns = [Turn('user', config.sample_prompt)]
-                self.prompt = conversation.prompt(turns, opened.tokenizer, opened.template)
-                if not 0 < len(self.prompt) <= opened.model.config.block_size:
-                    raise ValueError(f'it has {len(self.prompt)} tokens')
         if self.state.optimizer:
             checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
-        self.grad_norm = 0.0
-        # Steps in a row that were not applied.
-        self.n_skipped = 0
-        # By a signal to any of the processes.
-        self.stopped = False
 
     def epoch(self):
         """Passes over the data so far."""
@@ -89,16 +76,17 @@ class Trainer:
     def conditions(self):
         """What decides the bits of the steps to come, besides what a resume may not change."""
         config = self.config
+        keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
+        found = {key: getattr(config, key) for key in keys}
         kind = self.procs.device.split(':')[0]
         hardware = torch.backends.cpu.get_cpu_capability()
         if kind == 'cuda':
             hardware = torch.cuda.get_device_name()
-        keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
-        return {**{key: getattr(config, key) for key in keys},
-                'lr_decay_iters': config.decay_lr and (config.lr_decay_iters or config.max_iters),
-                'dtype': str(self.dtype).removeprefix('torch.'), 'device': f'{kind} {hardware}',
-                'processes': self.procs.world, 'threads': torch.get_num_threads(),
-                'torch': str(torch.__version__)}
+        return found | {
+            'lr_decay_iters': config.decay_lr and (config.lr_decay_iters or config.max_iters),
+            'dtype': str(self.dtype).removeprefix('torch.'), 'device': f'{kind} {hardware}',
+            'processes': self.procs.world, 'threads': torch.get_num_threads(),
+            'torch': str(torch.__version__)}
 
     def train_step(self, request):
         """One optimizer step.
@@ -127,12 +115,12 @@ class Trainer:
                 begin = start
                 weight = 0
             batch = self.train_rows.batch(begin, min(begin + config.batch_size, stop))
-            # Gradients are summed over the processes at the last micro-batch only.
-            is_last = first + rows_at_once >= stop
-            with nullcontext() if is_last else procs.no_sync(self.loss):
-                with autocast(procs.device, self.dtype):
-                    loss = self.loss(batch) * weight
-                self.scaler.scale(loss / n_tokens).backward()
+            # DistributedDataParallel sums gradients over the processes if this is set: at the
+            # last micro-batch only.
+            self.loss.require_backward_grad_sync = first + rows_at_once >= stop
+            with autocast(procs.device, self.dtype):
+                loss = self.loss(batch) * weight
+            self.scaler.scale(loss / n_tokens).backward()
             losses.append(loss.detach())
         procs.wait()
         # float16 multiplies the loss by a scale; the norm is of the true gradients.
@@ -145,34 +133,29 @@ class Trainer:
         losses = torch.stack(losses).tolist()  # the only other read from the device
         loss_sum, norms, n_asked = procs.sum(sum(losses), self.grad_norm, request.asked)
         self.stopped = n_asked > 0
-        is_finite = math.isfinite(loss_sum) and math.isfinite(norms)
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate(config, state.step)
-        if is_finite:
+        if math.isfinite(loss_sum) and math.isfinite(norms):
             self.scaler.step(self.optimizer)
-        self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
-        self.optimizer.zero_grad(set_to_none=True)
-        if is_finite:
             self.n_skipped = 0
             state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
         else:
             self.skip(loss_sum)
+        self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
+        self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.seconds += time.perf_counter() - started
 
     def skip(self, loss_sum):
         """Note a step that was not applied; UserError after too many in a row."""
         self.n_skipped += 1
-        allowed = 5
-        if self.scaler.is_enabled():
-            # float16 begins with a few, until the scale of the loss fits.
-            allowed = 50
-        elif self.procs.rank == 0:
+        most = MOST_SKIPPED[self.scaler.is_enabled()]
+        if self.procs.rank == 0 and not self.scaler.is_enabled():
             Bar.write(f'step {self.state.step + 1} is skipped: loss {loss_sum}, norm of the '
                       f'gradient {self.grad_norm}', file=sys.stderr)
-        if self.n_skipped == allowed:
-            raise UserError(f'{allowed} steps in a row had a loss or a gradient that is not '
-                            f'finite. {WHAT_TO_DO}')
+        if self.n_skipped == most:
+            raise UserError(f'{most} steps in a row had a loss or a gradient that is not finite. '
+                            f'{WHAT_TO_DO}')
 
     @torch.no_grad()
     def evaluate(self, request):
@@ -194,18 +177,22 @@ class Trainer:
         self.model.train()
         loss_sum, n_tokens, n_asked = procs.sum(loss_sum, n_tokens, request.asked)
         self.stopped = n_asked > 0
+        if self.stopped:
+            return None
         if not math.isfinite(loss_sum):
             raise UserError(f'val_loss is {loss_sum}. {WHAT_TO_DO}')
-        return None if self.stopped else loss_sum / n_tokens
+        return loss_sum / n_tokens
 
     @torch.inference_mode()
     def answer(self):
         """What the model answers to sample_prompt now: at most 48 tokens, greedy."""
         tokenizer = self.opened.tokenizer
         template = self.opened.template
+        turns = [Turn('user', self.config.sample_prompt)]
+        prompt = conversation.prompt(turns, tokenizer, template)
         self.model.eval()
         stops = conversation.stop_ids(tokenizer, template)
-        steps = generate(self.model, [self.prompt], 48, Sampling(temperature=0), stops=stops)
+        steps = generate(self.model, [prompt], 48, Sampling(temperature=0), stops=stops)
         answer = [token for token, in steps]
         self.model.train()
         return conversation.answer_text(answer, tokenizer, template)

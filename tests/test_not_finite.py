@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from conftest import SMALL, assert_same_bits, log_of, run
+from conftest import SMALL, log_of, run
 from core import checkpoint
 from core.processes import Processes
 from core.trainer import Trainer
@@ -71,38 +71,6 @@ def test_weights_that_are_not_finite_are_not_saved(data, whole, tmp_path, monkey
     with pytest.raises(UserError, match='weights are no longer finite'):
         run(data, tmp_path, **SMALL)
     assert checkpoint.load(tmp_path / 'ckpt.pt').step == 3
-
-
-def test_watching_answers_changes_no_bit(data, whole, tmp_path, capsys):
-    run(data, tmp_path, **SMALL, sample_every=5, sample_prompt='what is red')
-    said = [line for line in capsys.readouterr().out.split('\n') if 'what is red -> ' in line]
-    assert len(said) == 2 and said[0].startswith('step 5/12')
-    one = checkpoint.load(whole / 'ckpt.pt')
-    other = checkpoint.load(tmp_path / 'ckpt.pt')
-    assert_same_bits(one.model, other.model)
-    assert_same_bits(one.optimizer, other.optimizer)
-
-
-def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.undo()
-    os.makedirs(tmp_path / 'loss.png')
-    assert run(data, tmp_path, **SMALL).step == 12
-    assert 'loss.png' in capsys.readouterr().out
-
-
-def test_a_folder_may_have_dollar_signs_in_its_name(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.undo()
-    folder = tmp_path / r'$\frac$'  # mathematics to matplotlib, with a mistake in it
-    assert run(data, folder, **SMALL | {'max_iters': 2}).step == 2
-    assert os.path.exists(folder / 'loss.png') and 'drawn' not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('prompt', ['what is ' * 500, '\udcff'])
-def test_a_prompt_to_watch_that_cannot_be_used_is_refused_before_the_first_step(
-        data, tmp_path, prompt):
-    with pytest.raises(UserError, match='--sample_prompt cannot be read'):
-        run(data, tmp_path, **SMALL, sample_every=5, sample_prompt=prompt)
-    assert not os.path.exists(tmp_path / 'log.csv')
 
 
 def test_a_step_is_skipped_by_all_processes_if_it_is_not_finite_in_one(

@@ -239,37 +239,18 @@ def test_another_number_of_epochs_may_follow(data, tmp_path):
 
 # ---- checkpoints that do not fit ----
 
-def without_moments(state):
-    """The optimizer's state without that of its first tensor."""
-    return {key: state[key] for key in list(state)[1:]}
-
-
 def test_a_state_that_does_not_fit_is_refused_in_one_line(whole, copy):
     saved = checkpoint.load(whole / 'ckpt.pt')
     state = saved.optimizer['state']
-    moments = state[0] | {'exp_avg': torch.zeros(3)}
+    of_another = state | {0: state[0] | {'exp_avg': torch.zeros(3)}}
     cases = [
-        ('best', {'best': 'x'}), ('whole number', {'interval': (1.0, None)}),
-        ('interval', {'interval': 3}), ('evaluated_at', {'evaluated_at': [1]}),
-        ('scaler', {'scaler': 'x'}), ('optimizer', {'optimizer': 7}),
         ('format 0', {'format_version': 0}), ('no optimizer state', {'optimizer': None}),
-        ('optimizer', {'optimizer': {'state': state | {0: moments}}}),
-        ('step is not a dense tensor', {'optimizer': {'state': state | {0: {'step': 3}}}}),
-        ('optimizer', {'optimizer': {'state': without_moments(state)}})]
+        ('optimizer', {'optimizer': 7}), ('optimizer', {'optimizer': {'state': of_another}})]
     for named, changes in cases:
         checkpoint.save(dataclasses.replace(saved, **changes), copy / 'ckpt.pt')
         with pytest.raises(UserError, match=named) as error:
             resume(copy, max_iters=13)
         assert '\n' not in str(error.value), error.value
-
-
-def test_settings_of_the_optimizer_come_from_the_configuration(whole, copy):
-    """Those in the file are ignored: a stranger's could be anything."""
-    saved = checkpoint.load(whole / 'ckpt.pt')
-    for group in saved.optimizer['param_groups']:
-        group['betas'] = ('x', 'y')
-    checkpoint.save(saved, copy / 'ckpt.pt')
-    assert resume(copy, max_iters=13).step == 13
 
 
 def test_a_checkpoint_of_the_first_version_goes_on(data, whole, tmp_path, stop_after):

@@ -93,8 +93,7 @@ def test_what_is_too_long_is_left_out_and_counted(tmp_path):
     for epoch in range(5):
         assert sorted(sum(rows.epoch(epoch), [])) == [0, 2, 4, 5]
     assert rows.describe() == (
-        'train: 4 conversations, 30 tokens, 4 supervised, in 3 rows of 10 (86.7% full); '
-        '2 longer conversations are left out')
+        'train: 4 conversations, 30 tokens, 4 supervised, in 3 rows of 10 (86.7% full); 2 too long')
 
 
 def test_what_has_nothing_supervised_is_left_out(tmp_path):

@@ -3,6 +3,7 @@ import csv
 import os
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_tensorboard_has_the_numbers_of_log_csv(data, tmp_path, monkeypatch, no_
         step(trainer, request)
     monkeypatch.setattr(Trainer, 'train_step', killed)
     with pytest.raises(KeyboardInterrupt):
-        run(data, tmp_path, **SMALL, log='tensorboard')
+        run(data, tmp_path, **SMALL, tensorboard=True)
     monkeypatch.setattr(Trainer, 'train_step', step)
     resume(tmp_path)
     events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
@@ -54,6 +55,7 @@ def test_tensorboard_has_the_numbers_of_log_csv(data, tmp_path, monkeypatch, no_
 def wandb(monkeypatch):
     """A stand-in for the package: .asked, the keys of each init; .sent, what was logged."""
     module = types.ModuleType('wandb')
+    module.__spec__ = ModuleSpec('wandb', None)
     module.asked = []
     module.sent = []
 
@@ -81,15 +83,26 @@ def test_wandb_gets_the_numbers_of_log_csv_and_nanogpts_keys(data, tmp_path, wan
     assert keys['config'] == saved.config and keys['resume'] == 'auto'
 
 
-@pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
-def test_a_package_that_is_not_installed_is_a_line(data, tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, 'wandb', None)
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
-    with pytest.raises(UserError, match=f'log={name} needs a package: pip install {name}') as error:
-        run(data, tmp_path, log=name)
-    assert '\n' not in str(error.value)
+@pytest.mark.parametrize('key, package', [('tensorboard', 'tensorboard'), ('wandb_log', 'wandb')])
+def test_a_package_that_is_not_installed_is_a_line(data, tmp_path, monkeypatch, key, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f'^{package} is not installed. Run: pip install'):
+        run(data, tmp_path, **{key: True})
 
 
-def test_the_curve_is_drawn_again_from_log_csv(whole, tmp_path):
-    runlog.plot(tmp_path)
-    assert not (tmp_path / 'loss.png').exists()  # there is nothing to draw
+def test_the_curve_is_drawn_again_from_log_csv(whole):
+    os.remove(whole / 'loss.png')
+    runlog.plot(whole)
+    assert (whole / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_curve_that_cannot_be_drawn_does_not_end_the_run(data, tmp_path, capsys):
+    os.makedirs(tmp_path / 'loss.png')
+    assert run(data, tmp_path, **SMALL).step == 8
+    assert 'loss.png could not be drawn' in capsys.readouterr().out
+
+
+def test_a_folder_may_have_dollar_signs_in_its_name(data, tmp_path, capsys):
+    folder = tmp_path / r'$\frac$'  # mathematics to matplotlib, with a mistake in it
+    assert run(data, folder, max_iters=2).step == 2
+    assert os.path.exists(folder / 'loss.png') and 'drawn' not in capsys.readouterr().out
