@@ -4,10 +4,9 @@
     python tests/stress/kills.py --processes=2     # with gloo: one of them dies, or both
 
 A tiny run with dropout, evaluations, best.pt and ckpt.pt is first left undisturbed. Then it is
-killed with SIGKILL: at any time; while a file is being written; just before a random operation on
-a file; after a SIGTERM, while it stops. After each kill every checkpoint must be readable, and at
-its end the run must have the weights, optimizer and log of the undisturbed one, to the bit. Then
-it starts anew, until there were enough kills.
+killed with SIGKILL: at any time; just before a random operation on a file; after a SIGTERM, while
+it stops. After each kill every checkpoint must be readable, and at its end the run must have the
+weights, optimizer and log of the undisturbed one, to the bit. Then it starts anew.
 """
 import glob
 import os
@@ -18,7 +17,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -34,7 +32,7 @@ from core import checkpoint, runlog, tokenfile
 from core.conversation import Turn, encode
 from core.tokenizer import Tokenizer
 
-KINDS = ('any', 'writing', 'operation', 'stopping')
+KINDS = ('any', 'operation', 'stopping')
 OPERATIONS = ('open', 'os.rename', 'os.remove')  # as Python's audit hooks name them
 LIMIT_S = 600  # a life that takes longer hangs
 
@@ -59,143 +57,121 @@ def make_data(folder):
     tokenfile.write(folder, splits, {'template': 'xml', 'tokenizer': tokens.state()})
 
 
-class Run:
-    """The training run in one folder, which has many lives."""
+def start(config, out_dir, die_at=0):
+    """Fork the processes of one life; returns their ids.
 
-    def __init__(self, config, base, name):
-        self.n_processes = config.processes
-        self.base = base
-        self.out_dir = os.path.join(base, name)
-        self.flags = [
-            '--init_from=scratch', '--dataset=data', f'--data_dir={base}', '--block_size=64',
-            '--n_layer=3', '--n_head=2', '--n_embd=96', '--batch_size=2', '--dropout=0.1',
-            '--gradient_accumulation_steps=4', f'--max_iters={config.steps}', '--warmup_iters=2',
-            '--eval_interval=4', '--log_interval=3', '--learning_rate=3e-3', '--device=cpu',
-            '--dtype=float32', '--timeout_s=20', '--overwrite']
+    die_at: the first one kills itself just before this many operations on files of out_dir.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(config.processes):
+        pid = os.fork()
+        if not pid:
+            live(config, out_dir, rank, port, die_at if rank == 0 else 0)
+        pids.append(pid)
+    return pids
 
-    def start(self, die_at=0):
-        """Fork the processes of a life. die_at: number of the operation before which one dies."""
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
-        flags = self.flags
-        if os.path.exists(os.path.join(self.out_dir, 'ckpt.pt')):
-            flags = ['--init_from=resume']
-        pids = []
-        for rank in range(self.n_processes):
-            pid = os.fork()
-            if not pid:
-                self.live(flags, rank, port, die_at if rank == 0 else 0)
-            pids.append(pid)
-        return pids
 
-    def live(self, flags, rank, port, die_at):
-        """In the child: train. Never returns."""
-        with open(os.path.join(self.base, 'output.txt'), 'a') as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        if self.n_processes > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
-                              WORLD_SIZE=str(self.n_processes), MASTER_PORT=str(port))
-        n_operations = 0
+def live(config, out_dir, rank, port, die_at):
+    """In a child: train, from the checkpoint if there is one. Never returns."""
+    base = os.path.dirname(out_dir)
+    with open(os.path.join(base, 'output.txt'), 'a') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
+                      WORLD_SIZE=str(config.processes), MASTER_PORT=str(port))
+    n_operations = 0
 
-        def hook(operation, arguments):
-            nonlocal n_operations
-            if operation in OPERATIONS and str(arguments[0]).startswith(self.out_dir):
-                n_operations += 1
-                if n_operations == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(hook)
-        sys.argv = ['train.py', *flags, f'--out_dir={self.out_dir}']
-        status = 1
-        try:
-            configurator.run(train.main)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+    def hook(operation, arguments):
+        nonlocal n_operations
+        if operation in OPERATIONS and str(arguments[0]).startswith(out_dir):
+            n_operations += 1
+            if n_operations == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    flags = ['--init_from=resume']
+    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        flags = ['--init_from=scratch', '--dataset=data', f'--data_dir={base}', '--block_size=64',
+                 '--n_layer=3', '--n_head=2', '--n_embd=96', '--batch_size=2', '--dropout=0.1',
+                 '--gradient_accumulation_steps=4', f'--max_iters={config.steps}',
+                 '--warmup_iters=2', '--eval_interval=4', '--log_interval=3', '--device=cpu',
+                 '--learning_rate=3e-3', '--dtype=float32', '--timeout_s=20', '--overwrite']
+    sys.argv = ['train.py', *flags, f'--out_dir={out_dir}']
+    status = 1
+    try:
+        configurator.run(train.main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
-    def wait(self, pids, stop=None):
-        """{pid: exit status} of those that have ended, once all have or stop() is true."""
-        ended = {}
-        started = time.monotonic()
-        while len(ended) < len(pids) and not (stop and stop()):
-            for pid in set(pids) - set(ended):
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            if time.monotonic() - started > LIMIT_S:
-                raise UserError(f'{len(pids) - len(ended)} processes hang, such as {pids}')
-            time.sleep(0.0002)
-        return ended
 
-    def finish(self):
-        """Let it come to its end."""
-        codes = set(self.wait(self.start()).values())
-        if codes != {0}:
-            raise UserError(f'it ended with {codes}; see {self.base}/output.txt')
+def wait(pids, until=float('inf')):
+    """{pid: exit status} of those that have ended, when all have, or at this time."""
+    ended = {}
+    limit = time.monotonic() + LIMIT_S
+    while len(ended) < len(pids) and time.monotonic() < until:
+        for pid in set(pids) - set(ended):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                ended[pid] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > limit:
+            raise UserError(f'{len(pids) - len(ended)} processes hang, such as {pids}')
+        time.sleep(0.0002)
+    return ended
 
-    def half_written(self):
-        """The checkpoints that a life is writing, or left half-written: {(path, when)}."""
-        found = set()
-        for path in glob.glob(os.path.join(self.out_dir, '*.pt.tmp')):
-            if os.path.exists(path):  # it may have got its name meanwhile
-                found.add((path, os.path.getmtime(path)))
-        return found
 
-    def kill(self, rng, kind, seconds):
-        """One life and its violent end. Returns whether SIGKILL ended it, and within a checkpoint.
+def finish(config, out_dir):
+    """Let it come to its end."""
+    codes = set(wait(start(config, out_dir)).values())
+    if codes != {0}:
+        raise UserError(f'it ended with {codes}; see {out_dir} and output.txt beside it')
 
-        seconds: how long an undisturbed life takes.
-        """
-        left = self.half_written()
-        pids = self.start(rng.randint(1, 40) if kind == 'operation' else 0)
-        instant = time.monotonic() + rng.uniform(0, seconds)
-        ended = {}
-        if kind == 'writing':
-            instant -= seconds / 2
-            ended = self.wait(
-                pids, lambda: time.monotonic() > instant and self.half_written() - left)
-            time.sleep(rng.choice((0, 0.001, 0.003)))
-        elif kind != 'operation':  # that one kills itself
-            ended = self.wait(pids, lambda: time.monotonic() > instant)
+
+def kill(config, out_dir, rng, kind, seconds):
+    """One life and its violent end. Returns whether SIGKILL ended it.
+
+    seconds: how long an undisturbed life takes.
+    """
+    die_at = rng.randint(1, 40) if kind == 'operation' else 0
+    pids = start(config, out_dir, die_at)
+    ended = {}
+    if kind != 'operation':
+        ended = wait(pids, time.monotonic() + rng.uniform(0, seconds / 2))
         alive = [pid for pid in pids if pid not in ended]
         if kind == 'stopping':
             for pid in alive:
                 os.kill(pid, signal.SIGTERM)
             time.sleep(rng.uniform(0, 0.1))
-        if kind != 'operation' and alive:
-            for pid in rng.sample(alive, rng.randint(1, len(alive))):
-                os.kill(pid, signal.SIGKILL)
-        ended |= self.wait(alive)
-        # Of several, those that were not killed must notice, and end with a line and exit code 2.
-        codes = set(ended.values())
-        killed = {-signal.SIGKILL}
-        if kind == 'stopping':
-            killed.add(-signal.SIGTERM)  # it came before the run listened for it
-        if not codes <= killed | {0, 2} or (2 in codes and not codes & killed):
-            raise UserError(f'exit codes {codes} after a kill of the kind {kind!r}; see '
-                            f'{self.base}/output.txt')
-        return -signal.SIGKILL in codes, bool(self.half_written() - left)
+        for pid in rng.sample(alive, rng.randint(1, len(alive)) if alive else 0):
+            os.kill(pid, signal.SIGKILL)
+    ended |= wait([pid for pid in pids if pid not in ended])
+    # Of several, those that were not killed must notice, and end with a line and exit code 2.
+    # -SIGTERM: it came before the run listened for it.
+    codes = set(ended.values())
+    if not codes <= {-signal.SIGKILL, -signal.SIGTERM, 0, 2} or codes == {2}:
+        raise UserError(f'exit codes {codes} after a kill; see {out_dir} and output.txt beside it')
+    return -signal.SIGKILL in codes
 
-    def read(self):
-        """{name: Checkpoint} of every checkpoint in the folder. UserError for a damaged one."""
-        paths = glob.glob(os.path.join(self.out_dir, '*.pt'))
-        return {os.path.basename(path): checkpoint.open_checkpoint(path).checkpoint
-                for path in paths}
 
-    def result(self):
-        """{name: value} of all that must be the same, which is everything but the times."""
-        found = {}
-        for name, saved in self.read().items():
-            for key, value in vars(saved).items():
-                if key not in ('seconds', 'config'):
-                    found[f'{name} {key}'] = value
-        for i, row in enumerate(runlog.read(self.out_dir)):
-            found[f'row {i}'] = row | {'seconds': '', 'tokens_per_s': ''}
-        return found
+def result(out_dir):
+    """{name: value} of all that must be the same, which is everything but the times.
+
+    UserError for a damaged checkpoint.
+    """
+    found = {}
+    for path in glob.glob(os.path.join(out_dir, '*.pt')):
+        saved = checkpoint.open_checkpoint(path).checkpoint
+        for key, value in vars(saved).items():
+            if key not in ('seconds', 'config'):
+                found[f'{os.path.basename(path)} {key}'] = value
+    for i, row in enumerate(runlog.read(out_dir)):
+        found[f'row {i}'] = row | {'seconds': '', 'tokens_per_s': ''}
+    return found
 
 
 def same(one, two):
@@ -207,47 +183,36 @@ def same(one, two):
     return torch.equal(one, two) if torch.is_tensor(one) else one == two
 
 
-def survive(config, base):
-    """Do the kills in the folder base. UserError for anything lost."""
-    os.mkdir(os.path.join(base, 'data'))
-    make_data(os.path.join(base, 'data'))
-    undisturbed = Run(config, base, 'undisturbed')
-    started = time.monotonic()
-    undisturbed.finish()
-    seconds = time.monotonic() - started
-    expected = undisturbed.result()
-    rng = random.Random(config.seed)
-    run = Run(config, base, 'killed')
-    kills = Counter()
-    n_half = 0
-    n_ends = 0
-    while kills.total() < config.kills or os.path.exists(run.out_dir):
-        if kills.total() < config.kills:
-            kind = KINDS[(kills.total() + n_ends) % len(KINDS)]
-            was_killed, was_writing = run.kill(rng, kind, seconds)
-            kills[kind] += was_killed
-            n_half += was_writing
-        else:
-            run.finish()
-        last = run.read().get('ckpt.pt')
-        if last and last.evaluated_at == config.steps:
-            found = run.result()
-            for key in expected | found:
-                if not same(expected.get(key), found.get(key)):
-                    raise UserError(f'after {kills.total()} kills {key} differs; see {base}')
-            n_ends += 1
-            shutil.rmtree(run.out_dir)
-            print(f'{kills.total()} kills, {n_half} in the middle of a checkpoint; '
-                  f'{n_ends} runs came to the same end', flush=True)
-    print(f'{dict(kills)}\nunreadable checkpoints, lost steps, differing bits: 0')
-
-
 def main(argv):
     config = configurator.load(Config, argv)
     torch.set_num_threads(1)
     runlog.plot = lambda out_dir: False  # takes longer than the run
     base = tempfile.mkdtemp(prefix='kills-')
-    survive(config, base)
+    make_data(os.path.join(base, 'data'))
+    started = time.monotonic()
+    finish(config, os.path.join(base, 'undisturbed'))
+    seconds = time.monotonic() - started
+    expected = result(os.path.join(base, 'undisturbed'))
+    out_dir = os.path.join(base, 'killed')
+    rng = random.Random(config.seed)
+    n_kills = 0
+    n_lives = 0
+    n_ends = 0
+    while n_kills < config.kills or os.path.exists(out_dir):
+        if n_kills < config.kills:
+            n_kills += kill(config, out_dir, rng, KINDS[n_lives % len(KINDS)], seconds)
+        else:
+            finish(config, out_dir)
+        n_lives += 1
+        found = result(out_dir)
+        if found.get('ckpt.pt evaluated_at') == config.steps:
+            for key in expected | found:
+                if not same(expected.get(key), found.get(key)):
+                    raise UserError(f'after {n_kills} kills {key} differs; see {base}')
+            n_ends += 1
+            shutil.rmtree(out_dir)
+            print(f'{n_kills} kills, {n_ends} runs came to the same end', flush=True)
+    print('unreadable checkpoints, lost steps, differing bits: 0')
     shutil.rmtree(base)
 
 
