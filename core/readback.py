@@ -18,19 +18,14 @@ def decode(ids, mask, tokenizer, template='xml'):
     ids = [int(i) for i in ids]
     mask = [bool(m) for m in mask]
     form = TEMPLATES[template]
-    read = read_exchanges
-    if form.tags:
-        read = read_tagged
-    elif form.user[-1] == END_OF_TEXT:
-        read = read_messages
+    read = read_exchanges if '{text}' in form.user[-1] else read_messages
     try:
         turns = read(ids, mask, tokenizer, form)
         whole = encode(turns, tokenizer, template)[0].tolist()
-        if whole == ids:
-            return turns
         # One that was cut ends inside an answer, whose text may have other ids by itself.
         is_cut = ids and mask[-1] and ids[-1] not in tokenizer.special.values()
-        if is_cut and tokenizer.decode_bytes(whole).startswith(tokenizer.decode_bytes(ids)):
+        begins = tokenizer.decode_bytes(whole).startswith(tokenizer.decode_bytes(ids))
+        if whole == ids or is_cut and begins:
             return turns
     except (KeyError, ValueError):  # an unknown id, half a character, a forged heading
         pass
@@ -42,35 +37,20 @@ def exact_text(ids, tokenizer):
     return tokenizer.decode_bytes(ids).decode('utf-8')
 
 
-def read_tagged(ids, mask, tokenizer, form):
-    """Whatever stands between the two tags of a role is a turn."""
-    turns = []
-    start = 0
-    for i, token in enumerate(ids):
-        for role in ROLES:
-            if token == tokenizer.special[f'<{role}>']:
-                start = i + 1
-            elif token == tokenizer.special[f'</{role}>']:
-                text = exact_text(ids[start:i], tokenizer)
-                turns.append(Turn(role, text, '', role == 'user' or mask[i]))
-                start = len(ids)
-    if ids[start:]:
-        turns.append(Turn('assistant', exact_text(ids[start:], tokenizer)))
-    return turns
-
-
 def read_messages(ids, mask, tokenizer, form):
-    """<|endoftext|> ends each message; the roles take turns."""
+    """A special token ends each message; the roles take turns."""
     turns = []
-    start = 0
+    text = []
     for i, token in enumerate(ids):
-        if token == tokenizer.end_of_text:
+        if token in (tokenizer.special[form.user[-1]], tokenizer.special[form.assistant[-1]]):
             role = ROLES[len(turns) % 2]
-            text = exact_text(ids[start:i], tokenizer)
-            turns.append(Turn(role, text, '', role == 'user' or mask[i]))
-            start = i + 1
-    if ids[start:]:
-        turns.append(Turn('assistant', exact_text(ids[start:], tokenizer)))
+            learned = role == 'user' or mask[i]
+            turns.append(Turn(role, exact_text(text, tokenizer), '', learned))
+            text = []
+        elif token not in tokenizer.special.values():
+            text.append(token)
+    if text:
+        turns.append(Turn('assistant', exact_text(text, tokenizer)))
     return turns
 
 
@@ -91,10 +71,10 @@ def read_exchanges(ids, mask, tokenizer, form):
 
 def read_request(request, form):
     """The user's turn that this prompt was made from."""
-    forms = list(form.user)
+    forms = form.user
     # Without headings, text and context cannot be told apart.
-    if form.user_with_context and form.headings:
-        forms = [*form.user_with_context, *forms]
+    if form.headings:
+        forms = form.user_with_context + forms
     # The form as a regular expression, with a group for each thing in braces.
     for part in forms:
         pattern = re.escape(part).replace(r'\{text\}', '(.*)').replace(r'\{context\}', '(.*)')
@@ -106,30 +86,26 @@ def read_request(request, form):
 
 def from_text(text):
     """The conversations in text that `conversation.to_text` wrote: a list of lists of turns."""
-    conversations = []
+    found = []
     for whole in re.findall(r'<conversation>(.*?)</conversation>', text, re.DOTALL):
         messages = re.findall(r'<(user|assistant)>(.*?)</\1>', whole, re.DOTALL)
-        turns = [Turn(role, ESCAPED_TAG.sub(r'<\1\2', body)) for role, body in messages]
-        conversations.append(turns)
-    return conversations
+        found.append([Turn(role, ESCAPED_TAG.sub(r'<\1\2', body)) for role, body in messages])
+    return found
 
 
 def from_messages(messages):
     """The turns of [{'role': …, 'content': text or None}, …], as chat interfaces have them.
 
     Messages of the same role in a row are joined by a blank line. System messages, for which no
-    template has a place, go before the first user's text. ValueError for another role, or if there
-    is no message of a user.
+    template has a place, go before the first user's text.
     """
     turns = []
     system = []
-    for i, message in enumerate(messages):
+    for message in messages:
         role = message['role']
         content = message['content'] or ''
         if role in ('system', 'developer'):
             system.append(content)
-        elif role not in ROLES:
-            raise ValueError(f'message {i} has the role {role!r}, expected one of {ROLES}')
         elif turns and turns[-1].role == role:
             turns[-1] = Turn(role, f'{turns[-1].text}\n\n{content}')
         else:

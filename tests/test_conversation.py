@@ -233,7 +233,6 @@ def test_messages_become_turns():
             ([asked, ('user', 'How?'), ('assistant', None), answered],
              [Turn('user', 'Hi\n\nHow?'), Turn('assistant', '\n\nHello')])):
         assert readback.from_messages(messages(*given)) == turns
-    for wrong, said in (([('system', 'A')], 'no message of a user'), ([], 'no message of a user'),
-                        ([asked, ('tool', '')], "message 1 has the role 'tool'")):
-        with pytest.raises(ValueError, match=said):
+    for wrong in ([('system', 'A')], []):
+        with pytest.raises(ValueError, match='no message of a user'):
             readback.from_messages(messages(*wrong))
