@@ -5,16 +5,15 @@
     python data/alpaca/prepare.py --input=rows.jsonl --out_dir=data/mine --template=xml
 
 A `history` of [question, answer] pairs becomes earlier turns; a `system` text is put before the
-first question. A hash of its first question decides the split of a row, so that none is in two
-splits. --split and --train_rows decide by position instead, as published runs do.
+first question. A hash of the first question decides the split, so that none is in two splits.
+--split and --train_rows decide by position instead, as published runs do.
 Sources: Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca, and those in SOURCES.
 """
 import os
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -55,7 +54,7 @@ SOURCES = {
 RECIPES = {'alpaca': 'config/finetune_alpaca.py', 'alpaca-cleaned': 'config/finetune_alpaca.py',
            'instruction-data': 'config/finetune_instruction_data.py',
            'open-instruct': 'config/finetune_open_instruct.py'}
-
+FIELDS = ('instruction', 'input', 'context', 'output', 'response', 'history', 'system')
 # Inputs that say there is none, such as "No input", "<noinput>." and "N/A": 676 of Stanford's.
 MEANS_NONE = re.compile(
     r'[\W_]*(no[\s_-]*inputs?( (is )?(required|needed|necessary|provided|given|available))?'
@@ -66,118 +65,74 @@ MEANS_NONE = re.compile(
 class Config:
     source: Literal[tuple(SOURCES)] = 'alpaca'  # which of them to download, once
     input: str = ''             # a local file to read instead: an array or lines, may be gzipped
-    out_dir: str = ''           # where the token files go; '' is data/SOURCE
+    out_dir: str = ''           # where the token files go; '' is data/SOURCE, or data/mine
     report: bool = False        # also write report.html there, a page about the data
     template: Literal[tuple(TEMPLATES)] = 'alpaca'  # how rows are written
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
     max_tokens: Count = 1024    # of a row
     too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
-    dedup: bool = False         # drop a row if its prompt and output were seen before
-    # the split by a hash of the prompt
     val_fraction: Fraction = 0.05  # share of the prompts for validation
-    test_fraction: Fraction = 0.0  # share of the prompts for a test split
     seed: Seed = 1337           # decides which prompts those are
     # the split by position, as published runs have it: a prompt may be in several splits
-    split: str = ''             # percentages for train/test/val, such as 85/10/5
+    split: Literal['', '85/10/5'] = ''  # per cent for train/test/val
     train_rows: Natural = 0     # rows to train on; then come val_rows, and the rest is test
     val_rows: Natural = 1000    # only with train_rows
     shuffle_seed: Annotated[int, Range(-1)] = -1  # first shuffle as datasets does; -1 does not
 
-    @property
-    def percentages(self):
-        return [int(part) for part in re.findall(r'\d+', self.split)]
-
-    @property
-    def by_position(self):
-        return bool(self.split or self.train_rows)
-
     def problems(self):
-        if self.split and (len(self.percentages) != 3 or sum(self.percentages) != 100):
-            yield f'split={self.split!r}: expected percentages for train/test/val, as in 85/10/5.'
-        if bool(self.split) + bool(self.train_rows) + bool(self.test_fraction) > 1:
-            yield 'split, train_rows and test_fraction are three ways to split. Use one of them.'
-        if self.shuffle_seed >= 0 and not self.by_position:
+        if self.split and self.train_rows:
+            yield 'split and train_rows are two ways to split. Use one of them.'
+        if self.shuffle_seed >= 0 and not self.split and not self.train_rows:
             yield 'shuffle_seed needs a split by position: --split=85/10/5 or --train_rows=N.'
 
 
-class Row(NamedTuple):
-    prompt: str  # the first message, without case and without differences in white space
-    turns: list
-    drop: str  # why it is left out, or ''
+def text_of(value):
+    """The value of a field as text: '' for null, and for NaN, which pandas writes."""
+    if value is None or value != value:
+        return ''
+    if not isinstance(value, str):
+        raise TypeError(f'found {str(value)[:40]!r}, expected text')
+    return value
 
 
 def read_row(record, counts):
-    """Return the Row of an object, and count what is odd about it."""
-    counts['rows'] += 1
-    drop = ''
-    used = ['history', 'system']
-    texts = []
-    for field, other in (('instruction', ''), ('input', 'context'), ('output', 'response')):
-        name = field
-        if field not in record and other in record:
-            name = other
-            counts[f'  {field} under {other!r}'] += 1
-        used.append(name)
-        text = record.get(name, '')
-        if name not in record:
-            counts[f'  no field {field}'] += 1
-        elif text is None or text != text:  # pandas writes NaN
-            counts[f'  {field} is null'] += 1
-            text = ''
-        elif not isinstance(text, str):
-            drop = drop or f'{field} not text'
-            text = ''
-        texts.append(text)
-    instruction, context, output = texts
-    if not output.strip():
-        drop = drop or 'empty output'
-    if not instruction.strip():
-        drop = drop or 'empty instruction'
-    if MEANS_NONE.fullmatch(context):
-        counts['  input that means none'] += 1
+    """Return (turns, why they are left out) of an object."""
+    instruction = text_of(record.get('instruction'))
+    context = text_of(record.get('input', record.get('context')))
+    output = text_of(record.get('output', record.get('response')))
+    if not context.strip() or MEANS_NONE.fullmatch(context):
         context = ''
-    if not context.strip():
-        context = ''
-    turns = [Turn('user', instruction, context), Turn('assistant', output)]
-    try:
-        turns = read_history(record.get('history')) + turns
-    except (AttributeError, TypeError, ValueError):
-        drop = drop or 'history not pairs of text'
-    if len(turns) > 2:
-        counts['  with a history'] += 1
-    # The rows of one conversation, which grows, are in the same split.
-    first = turns[0]
-    prompt = ' '.join(first.text.split()) + '\n' + ' '.join(first.context.split())
-    system = record.get('system')
-    if not isinstance(system, str):
-        # Neither null nor NaN.
-        if system and system == system:
-            drop = drop or 'system not text'
-    elif system.strip():
-        counts['  with a system message'] += 1
-        turns[0] = first._replace(text=f'{system}\n\n{first.text}')
-    common.count_unused(record, used, counts)
-    return Row(prompt.casefold(), turns, drop)
-
-
-def read_history(history):
-    """The turns of [[question, answer], ...], which may be null or NaN."""
-    if not history or history != history:
-        return []
     turns = []
-    for question, answer in history:
-        if not question.strip() or not answer.strip():
-            raise ValueError
-        turns += [Turn('user', question), Turn('assistant', answer)]
-    return turns
+    for question, answer in record.get('history') or []:
+        turns.append(Turn('user', text_of(question)))
+        turns.append(Turn('assistant', text_of(answer)))
+    turns.append(Turn('user', instruction, context))
+    turns.append(Turn('assistant', output))
+    system = text_of(record.get('system'))
+    if system.strip():
+        turns[0] = turns[0]._replace(text=f'{system}\n\n{turns[0].text}')
+    common.count_unused(record, FIELDS, counts)
+    drop = ''
+    if not output.strip():
+        drop = 'empty output'
+    elif not instruction.strip():
+        drop = 'empty instruction'
+    return turns, drop
+
+
+def prompt_of(turns):
+    """The first message, without case and without differences in white space."""
+    first = turns[0]
+    text = ' '.join(first.text.split())
+    context = ' '.join(first.context.split())
+    return f'{text}\n{context}'.casefold()
 
 
 def split_by_position(n, config):
     """Return the splits of n rows."""
     if config.split:
-        train, test, _ = config.percentages
-        n_train = int(n * (train / 100))
-        n_test = int(n * (test / 100))
+        n_train = int(n * 0.85)
+        n_test = int(n * 0.1)
         sizes = {'train': n_train, 'test': n_test, 'val': n - n_train - n_test}
     else:
         n_test = n - config.train_rows - config.val_rows
@@ -193,52 +148,27 @@ def split_by_position(n, config):
     return splits.tolist()
 
 
-def count_prompts(rows, splits, names):
-    """Return how many rows repeat a prompt, and how many of each split one of train."""
-    used = [(row.prompt, split) for row, split in zip(rows, splits) if not row.drop]
-    in_train = {prompt for prompt, split in used if split == 'train'}
-    leaked = Counter(split for prompt, split in used if prompt in in_train)
-    return {'rows_repeating_a_prompt': len(used) - len({prompt for prompt, _ in used}),
-            'also_in_train': {name: leaked[name] for name in names if name != 'train'}}
-
-
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
-    name = source.about['name']
-    folder = config.out_dir or os.path.join(os.path.dirname(HERE), name)
-    if name not in SOURCES and not config.out_dir:
-        raise UserError(f'{source.path} is none of the published files. Say where its token files '
-                        'are to go, such as --out_dir=data/mine')
-    rows = []
-    seen = set()
-    for row in source.records(lambda record: read_row(record, source.counts)):
-        if config.dedup and not row.drop:
-            texts = [' '.join(f'{turn.text}\n{turn.context}'.split()) for turn in row.turns[1:]]
-            if (row.prompt, *texts) in seen:
-                row = row._replace(drop='repeated')
-            seen.add((row.prompt, *texts))
-        rows.append(row)
-    if config.by_position:
-        rule = 'by position'
-        splits = split_by_position(len(rows), config)
-    else:
-        rule = 'hash of the normalised prompt'
-        shares = {'val': config.val_fraction, 'test': config.test_fraction}
-        splits = [common.split_by_hash(row.prompt, config.seed, **shares) for row in rows]
-    names = ['train', 'val']
-    if config.by_position or config.test_fraction:
-        names.append('test')
-    prompts = count_prompts(rows, splits, names)
-    print(f"{'rows that repeat a prompt':<28}{prompts['rows_repeating_a_prompt']:>12,}")
-    for split, n in prompts['also_in_train'].items():
-        print(f"{f'  in {split} and in train':<28}{n:>12,}")
-
     examples = []
-    for number, (row, split) in enumerate(zip(rows, splits)):
-        examples.append(common.Example(number, split, row.turns, drop=row.drop))
+    for number, row in enumerate(source.records(lambda record: read_row(record, source.counts))):
+        turns, drop = row
+        split = common.split_by_hash(prompt_of(turns), config.seed, val=config.val_fraction)
+        examples.append(common.Example(number, split, turns, drop=drop))
+    names = ['train', 'val']
+    rule = 'hash of the normalised prompt'
+    if config.split or config.train_rows:
+        names.append('test')
+        rule = 'by position'
+        splits = split_by_position(len(examples), config)
+        examples = [example._replace(split=split) for example, split in zip(examples, splits)]
+    name = source.about['name']
+    if name not in SOURCES:
+        name = 'mine'
+    folder = config.out_dir or os.path.join(os.path.dirname(HERE), name)
     recipe = RECIPES.get(name, common.OWN_DATA)
-    common.export(examples, source, config, folder, names, recipe, split_rule=rule, prompts=prompts)
+    common.export(examples, source, config, folder, names, recipe, split_rule=rule)
 
 
 if __name__ == '__main__':
