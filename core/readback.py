@@ -7,7 +7,6 @@ What looks at prepared data or takes conversations from elsewhere needs this; tr
 import re
 
 from core.conversation import TAG_NAMES, TEMPLATES, Turn, encode
-from core.tokenizer import END_OF_TEXT
 
 ROLES = ('user', 'assistant')
 ESCAPED_TAG = re.compile(rf'<\\(\\*)({TAG_NAMES})')

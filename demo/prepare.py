@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import tokenizers
@@ -101,9 +101,9 @@ def make_prose(facts, wordings, config):
     others = [kind for kind in wordings['prose'] if kind != 'capital']
     texts = []
     for i in range(config.n_texts):
+        row = facts[i % len(facts)]
         kinds = ['capital', 'capital', *rng.sample(others, rng.randint(1, 3))]
         rng.shuffle(kinds)
-        row = facts[i % len(facts)]
         sentences = [fill(rng.choice(wordings['prose'][kind]), row) for kind in kinds]
         texts.append(' '.join(sentences))
     return texts
@@ -203,12 +203,11 @@ def learn_vocabulary(texts, vocab_size, path):
     bpe.save(path)
 
 
-def write_dataset(folder, template, examples, vocabulary, config):
+def write_dataset(folder, template, examples, vocabulary):
     """Write examples, a list of (ids, mask), as a prepared folder."""
     tokenfile.write(folder, {'train': examples[N_VAL:], 'val': examples[:N_VAL]}, {
-        'template': template, 'tokenizer': vocabulary.state(), 'seed': config.seed,
-        'source': {'name': 'demo/facts.csv', 'licence': 'MIT'}, 'options': asdict(config),
-        'seen': len(examples), 'kept': len(examples), 'dropped': {}, 'truncated': 0})
+        'template': template, 'tokenizer': vocabulary.state(),
+        'source': {'name': 'demo/facts.csv', 'licence': 'MIT'}})
 
 
 def main(argv):
@@ -236,13 +235,12 @@ def main(argv):
         # Every token is learned.
         documents.append((ids, np.ones_like(ids)))
     dialogues = [conversation.encode(turns, vocabulary)[:2] for turns in conversations]
-    write_dataset(os.path.join(config.out_dir, 'prose'), 'plain', documents, vocabulary, config)
-    write_dataset(os.path.join(config.out_dir, 'chat'), 'xml', dialogues, vocabulary, config)
+    write_dataset(os.path.join(config.out_dir, 'prose'), 'plain', documents, vocabulary)
+    write_dataset(os.path.join(config.out_dir, 'chat'), 'xml', dialogues, vocabulary)
     with write_whole(os.path.join(config.out_dir, 'quiz.jsonl')) as file:
         for q in make_quiz(facts, never_asked, wordings):
             file.write(json.dumps(q, ensure_ascii=False) + '\n')
-    print(f'{len(prose):,} texts in {config.out_dir}/prose, {len(conversations):,} conversations '
-          f'in {config.out_dir}/chat')
+    print(f'wrote prose, chat, quiz.jsonl and tokenizer.json into {config.out_dir}')
 
 
 if __name__ == '__main__':

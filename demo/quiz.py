@@ -4,7 +4,6 @@ import os
 
 from core import checkpoint, conversation
 from core.conversation import Turn
-from core.files import reading
 from core.generate import Sampling, generate
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -12,10 +11,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 def read_questions():
     """The questions that demo/prepare.py has written."""
-    path = os.path.join(HERE, 'quiz.jsonl')
-    with reading(path, 'Run: python demo/prepare.py'):
-        with open(path, encoding='utf-8') as file:
-            return [json.loads(line) for line in file]
+    with open(os.path.join(HERE, 'quiz.jsonl'), encoding='utf-8') as file:
+        return [json.loads(line) for line in file]
 
 
 def open_model(folder):
@@ -27,15 +24,15 @@ def open_model(folder):
 
 def write_on(opened, prompts, stops=(), batch_size=256):
     """What the model greedily puts after each prompt, a list of ids: at most 32 ids."""
-    found = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        group = order[start:start + batch_size]
-        batch = [prompts[i] for i in group]
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        answers = [[] for _ in batch]
         for tokens in generate(opened.model, batch, 32, Sampling(temperature=0.0), stops=stops):
-            for i, token in zip(group, tokens):
+            for answer, token in zip(answers, tokens):
                 if token is not None:
-                    found[i].append(token)
+                    answer.append(token)
+        found += answers
     return found
 
 

@@ -5,6 +5,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 
@@ -35,18 +36,13 @@ def run(script, *arguments):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, env=environment)
     if done.returncode:
-        raise UserError(f'{script} ended with exit code {done.returncode}. What it said is above.')
+        raise UserError(f'{script} failed. What it said is above.')
     return time.perf_counter() - started
 
 
 def print_columns(texts):
     """The texts side by side. One that is too long is cut."""
-    cells = []
-    for text in texts:
-        text = ' '.join(text.split())
-        if len(text) > 38:
-            text = text[:37] + '…'
-        cells.append(f'{text:<40}')
+    cells = [textwrap.shorten(text, 38, placeholder='…').ljust(40) for text in texts]
     print(''.join(cells).rstrip())
 
 

@@ -1,6 +1,6 @@
 """Draw how knowledge is carried over: exact answers over the steps of tuning.
 
-    python demo/plot.py     # after demo/run.py; tunes again, in pieces, and draws docs/demo.png
+    python bench/demo_curve.py   # after demo/run.py; tunes again in pieces, draws docs/demo.png
 
 Each piece resumes from the one before. Together they are, bit for bit, the run of demo/run.py.
 """
