@@ -23,7 +23,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(SHARED, 'tiktoken'))
 
-from core import conversation, tokenfile, tokenizer
+from core import conversation, readback, tokenfile, tokenizer
 from core.conversation import Turn
 
 JAPAN = [Turn('user', 'What is the capital of Japan?'), Turn('assistant', 'Tokyo.')]
@@ -104,6 +104,14 @@ def write_data(folder, bpe, splits, template='xml'):
     for split, conversations in splits.items():
         encoded[split] = [conversation.encode(turns, bpe, template)[:2] for turns in conversations]
     tokenfile.write(str(folder), encoded, {'template': template, 'tokenizer': bpe.state()})
+
+
+def read_back(folder, name='train'):
+    """The conversations of a split of a prepared folder, lists of turns."""
+    meta = tokenfile.read_meta(str(folder))
+    split = tokenfile.Split([str(folder)], name)
+    bpe = tokenizer.from_state(meta['tokenizer'])
+    return [readback.decode(*split[i], bpe, meta['template']) for i in range(len(split))]
 
 
 @pytest.fixture(scope='session')
