@@ -31,25 +31,16 @@ def open_page(browser, stub):
     contexts = []
     faults = []
 
-    def heard(message):
-        if message.type in ('error', 'warning') and 'Failed to load' not in message.text:
-            faults.append(message.text)
-
     def requested(request):
         if not request.url.startswith((stub.url, 'data:', 'blob:')):
             faults.append(request.url)
 
-    def watch(page):
-        page.on('pageerror', lambda error: faults.append(f'error in the script: {error}'))
-        page.on('console', heard)
-        page.on('request', requested)
-
-    def open_page(script='', **options):
+    def open_page(**options):
         context = browser.new_context(**{'viewport': {'width': 1000, 'height': 700}, **options})
         contexts.append(context)
-        context.on('page', watch)
-        context.add_init_script(script)
         page = context.new_page()
+        page.on('pageerror', lambda error: faults.append(f'error in the script: {error}'))
+        page.on('request', requested)
         page.on('dialog', lambda dialog: dialog.accept('secret'))
         page.goto(stub.url)
         done(page, 0)
@@ -81,10 +72,6 @@ def texts(page):
     return page.locator('article .text').all_text_contents()
 
 
-def style(page, selector, name):
-    return page.locator(selector).first.evaluate(f'node => getComputedStyle(node).{name}')
-
-
 def said(request):
     """The texts of the messages of a request; a user's and an assistant's take turns."""
     roles = [message['role'] for message in request['messages']]
@@ -103,7 +90,6 @@ def test_an_answer_grows_as_it_comes(open_page, stub):
     answer = 'The  capital\n\n    is Paris.  '
     assert texts(page) == [answer]
     assert page.locator('.question').text_content() == ' What\n  is it?'
-    assert style(page, '.text', 'whiteSpaceCollapse') == 'preserve'
     assert re.fullmatch(r'7 tokens · [\d.]+ tokens/s', page.locator('.foot span').text_content())
     assert page.locator('#announce').text_content() == f'out/oasst: {answer}'  # read aloud
     assert stub.requests == [{
@@ -112,7 +98,7 @@ def test_an_answer_grows_as_it_comes(open_page, stub):
         'stream': True, 'stream_options': {'include_usage': True}}]
 
 
-@pytest.mark.parametrize('how', ['Escape', 'Stop', 'New chat', 'reload'])
+@pytest.mark.parametrize('how', ['Escape', 'New chat', 'reload'])
 def test_stopping_closes_the_connection(open_page, stub, how):
     stub.replies['out/oasst'] = ['One, two', None, ', three']
     page = open_page()
@@ -124,9 +110,8 @@ def test_stopping_closes_the_connection(open_page, stub, how):
         page.reload()
     else:
         press(page, how)
-    assert stub.left.wait(30)
-    if how == 'New chat':
         press(page, 'Count')  # among the earlier chats
+    assert stub.left.wait(30)
     done(page)
     assert texts(page) == ['One, two']
     assert page.locator('.foot span').text_content() == 'stopped'
@@ -135,30 +120,30 @@ def test_stopping_closes_the_connection(open_page, stub, how):
     assert said(stub.requests[-1]) == ['Count', 'One, two', 'Go on']
 
 
-def test_two_models_side_by_side_each_with_its_own_answers(open_page, stub):
+def test_two_models_side_by_side_each_with_its_own_answers(open_page, stub, tmp_path):
     stub.models = [TUNED, UNTUNED]
     page = open_page()
-    ask(page, 'France?', 2)
-    ask(page, 'And Japan?', 4)
-    assert page.locator('article .name').all_text_contents() == ['out/oasst', 'gpt2-medium'] * 2
-    left, right = (page.locator('.answer').nth(i).bounding_box() for i in (2, 3))
-    assert left['y'] == right['y'] and left['x'] + left['width'] < right['x']
-    page.set_viewport_size({'width': 390, 'height': 844})
-    above, below = (page.locator('.answer').nth(i).bounding_box() for i in (2, 3))
-    assert above['y'] + above['height'] < below['y'] and above['x'] == below['x']
-    stub.replies['gpt2-medium'] = []  # no words: it is not told of this question again
-    ask(page, 'And Peru?', 6)
-    ask(page, 'And Chile?', 8)
-    history = ['France?', ' France?', 'And Japan?', ' France?']
-    sent = {request['model']: said(request) for request in stub.requests[6:]}
-    assert sent['gpt2-medium'] == [*history, 'And Chile?']
-    assert sent['out/oasst'][4:] == ['And Peru?', ANSWER, 'And Chile?']
+    ask(page, 'France? 🙂 <b>', 2)
+    assert page.locator('article .name').all_text_contents() == ['out/oasst', 'gpt2-medium']
+    stub.replies['gpt2-medium'] = (429, 'full')  # it is not told of this question again
+    ask(page, 'And Peru?', 4)
+    stub.replies['gpt2-medium'] = ['no.']
+    ask(page, 'And Chile?', 6)
+    with page.expect_download() as download:
+        press(page, 'Export')
+    download.value.save_as(tmp_path / 'chat.jsonl')
+    lines = [json.loads(line) for line in (tmp_path / 'chat.jsonl').read_text().splitlines()]
+    assert {line['model']: said(line) for line in lines} == {
+        'out/oasst': ['France? 🙂 <b>', ANSWER, 'And Peru?', ANSWER, 'And Chile?', ANSWER],
+        'gpt2-medium': ['France? 🙂 <b>', ' France?', 'And Chile?', 'no.']}
+    for request in stub.requests[4:]:
+        line, = [line for line in lines if line['model'] == request['model']]
+        assert said(request) == said(line)[:-1]
 
 
 def test_a_reload_keeps_the_chat_and_the_settings(open_page, stub):
     page = open_page()
     page.get_by_label('Temperature').fill('0')
-    expect(page.locator('#degrees')).to_have_text('greedy')
     page.get_by_label('Length').fill('12')
     ask(page, 'France?')
     page.reload()
@@ -174,8 +159,7 @@ def test_earlier_chats_stay_until_they_are_deleted(open_page, stub):
     page = open_page()
     for text in ('France?', 'Japan?'):
         ask(page, text)
-        for _ in range(2):  # a New chat of a new chat loses nothing either
-            press(page, 'New chat')
+        press(page, 'New chat')
         expect(page.locator('article')).to_have_count(0)
     page.reload()
     older = page.locator('.choices').last.locator('button')
@@ -184,29 +168,9 @@ def test_earlier_chats_stay_until_they_are_deleted(open_page, stub):
     done(page)
     press(page, 'Delete')
     expect(older).to_have_text(['Japan?'])
-    page.go_back()
-    expect(page.locator('article')).to_have_count(0)
     press(page, "What's the capital of France?")  # an example
     done(page)
     assert said(stub.requests[-1]) == ["What's the capital of France?"]
-
-
-def test_export_is_openais_form(open_page, stub, tmp_path):
-    stub.models = [TUNED, UNTUNED]
-    stub.finish = 'length'
-    page = open_page()
-    ask(page, 'France? 🙂 <b>', 2)
-    stub.replies['gpt2-medium'] = (429, 'full')
-    ask(page, 'Japan?', 4)
-    assert page.locator('.foot span').first.text_content().endswith('length limit')
-    with page.expect_download() as download:
-        press(page, 'Export')
-    assert re.fullmatch(r'chat-\d+\.jsonl', download.value.suggested_filename)
-    download.value.save_as(tmp_path / 'chat.jsonl')
-    lines = [json.loads(line) for line in (tmp_path / 'chat.jsonl').read_text().splitlines()]
-    assert {line['model']: said(line) for line in lines} == {
-        'out/oasst': ['France? 🙂 <b>', ANSWER, 'Japan?', ANSWER],
-        'gpt2-medium': ['France? 🙂 <b>', ' France?']}
 
 
 def test_code_is_set_apart_and_answers_can_be_copied(open_page, stub):
@@ -215,7 +179,6 @@ def test_code_is_set_apart_and_answers_can_be_copied(open_page, stub):
     page = open_page(permissions=['clipboard-read', 'clipboard-write'])
     ask(page, 'Code!')
     assert page.locator('.text pre').all_text_contents() == ['print(1)\n', 'x']
-    assert 'mono' in style(page, 'pre', 'fontFamily')
     press(page, 'Copy')
     assert page.evaluate('navigator.clipboard.readText()') == answer
 
@@ -258,18 +221,6 @@ def test_an_error_is_shown_and_retry_asks_again(open_page, stub):
     assert texts(page)[-1] == ANSWER
 
 
-def test_the_page_finds_a_server_that_comes_back(open_page, stub):
-    page = open_page()
-    page.route('**/v1/models', lambda route: route.abort())
-    page.clock.install()
-    page.reload()
-    expect(page.get_by_role('alert')).to_contain_text('Is serve.py running?')
-    page.unroute('**/v1/models')
-    page.clock.run_for(3000)
-    expect(page.get_by_role('alert')).to_be_empty()
-    ask(page, 'France?')
-
-
 def test_what_is_written_stays_text(open_page, stub):
     attack = '<img src=x onerror="document.title=1"><script>document.title=2</script></p><b>'
     name = f'a{attack}'
@@ -287,21 +238,13 @@ def test_what_is_written_stays_text(open_page, stub):
 
 
 def test_a_phone_shows_all_without_scrolling_sideways(open_page, stub):
-    long = 'models/' + 'long' * 30
-    stub.models = [{**TUNED, 'description': 'tuned ' * 40}, {**UNTUNED, 'id': long}]
-    stub.replies = {'out/oasst': ['a' * 300], long: ['```x = 1  # ' + 'y' * 300]}
+    stub.models = [{**TUNED, 'description': 'tuned ' * 40}, UNTUNED]
+    stub.replies = {'out/oasst': ['a' * 300], 'gpt2-medium': ['```x = 1  # ' + 'y' * 300]}
     page = open_page(viewport={'width': 390, 'height': 844}, is_mobile=True, has_touch=True)
-    for n in (0, 2):
-        if n:
-            ask(page, 'w' * 200, n)
-        size = page.evaluate("""() => [document.documentElement.scrollWidth,
-            document.documentElement.scrollHeight, document.getElementById('log').scrollWidth]""")
-        assert size == [390, 844, 390]
-        outside = page.locator('body *:not(.hidden)').evaluate_all("""all => all.filter(one => {
-            const {left, right} = one.getBoundingClientRect();
-            return one.checkVisibility() && (left < 0 || right > 390);
-        }).map(one => one.outerHTML)""")
-        assert outside == []
+    ask(page, 'w' * 200, 2)
+    size = page.evaluate("""() => [document.documentElement.scrollWidth,
+        document.documentElement.scrollHeight, document.getElementById('log').scrollWidth]""")
+    assert size == [390, 844, 390]
 
 
 def test_everything_can_be_done_with_the_keyboard(open_page, stub):
@@ -314,10 +257,10 @@ def test_everything_can_be_done_with_the_keyboard(open_page, stub):
     expect(box).to_be_focused()
     assert said(stub.requests[0]) == ['one\ntwo'] and box.input_value() == ''
     order = []
-    for _ in range(9):
-        order.append(page.evaluate('document.activeElement.id || document.activeElement.innerText'))
+    for _ in range(4):
         page.keyboard.press('Shift+Tab')
-    assert ' '.join(order).split() == 'box Retry Copy log delete export new'.split()
+        order.append(page.evaluate('document.activeElement.id || document.activeElement.innerText'))
+    assert order == ['Retry', 'Copy', 'log', 'delete']
 
 
 def test_the_enter_that_ends_an_input_method_sends_nothing(open_page, stub):

@@ -66,7 +66,7 @@ def test_every_text_of_prose_names_the_capital_twice():
 def test_what_is_written_reads_back(tmp_path):
     prepare.main([f'--out_dir={tmp_path}', '--n_texts=600', '--n_conversations=600'])
     vocabulary = vocabularies.from_state(read_meta(tmp_path / 'chat')['tokenizer'])
-    ids, mask = Split([tmp_path / X
+    ids, mask = Split([tmp_path / 'prose'], 'train')[199]
     assert mask.all() and vocabulary.decode(ids) in [f'{text}<|endoftext|>' for text in PROSE]
     ids, mask = Split([tmp_path / 'chat'], 'val')[0]
     answer = [int(i) for i, supervised in zip(ids, mask) if supervised]
