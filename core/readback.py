@@ -31,11 +31,6 @@ def decode(ids, mask, tokenizer, template='xml'):
     raise ValueError(f'not a conversation of the template {template!r}: the ids {ids[:20]} …')
 
 
-def exact_text(ids, tokenizer):
-    """The text of the ids; ValueError if they end inside a character."""
-    return tokenizer.decode_bytes(ids).decode('utf-8')
-
-
 def read_messages(ids, mask, tokenizer, form):
     """A special token ends each message; the roles take turns."""
     turns = []
@@ -44,12 +39,12 @@ def read_messages(ids, mask, tokenizer, form):
         if token in (tokenizer.special[form.user[-1]], tokenizer.special[form.assistant[-1]]):
             role = ROLES[len(turns) % 2]
             learned = role == 'user' or mask[i]
-            turns.append(Turn(role, exact_text(text, tokenizer), '', learned))
+            turns.append(Turn(role, tokenizer.decode_bytes(text).decode(), '', learned))
             text = []
         elif token not in tokenizer.special.values():
             text.append(token)
     if text:
-        turns.append(Turn('assistant', exact_text(text, tokenizer)))
+        turns.append(Turn('assistant', tokenizer.decode_bytes(text).decode()))
     return turns
 
 
@@ -57,14 +52,14 @@ def read_exchanges(ids, mask, tokenizer, form):
     """<|endoftext|> ends an exchange; only the mask says where in it the answer begins."""
     turns = []
     start = 0
-    for i, token in enumerate([*ids, tokenizer.end_of_text]):
-        if token == tokenizer.end_of_text and start < len(ids):
-            answer_start = mask.index(True, start, i + 1)
-            request = exact_text(ids[start:answer_start], tokenizer)
-            answer = exact_text(ids[answer_start:i], tokenizer)
-            turns.append(read_request(request, form))
-            turns.append(Turn('assistant', answer[len(form.lead):]))
-            start = i + 1
+    while start < len(ids):
+        answer_start = mask.index(True, start)
+        end = [*ids, tokenizer.end_of_text].index(tokenizer.end_of_text, start)
+        request = tokenizer.decode_bytes(ids[start:answer_start]).decode()
+        answer = tokenizer.decode_bytes(ids[answer_start:end]).decode()
+        turns.append(read_request(request, form))
+        turns.append(Turn('assistant', answer[len(form.lead):]))
+        start = end + 1
     return turns
 
 

@@ -55,7 +55,7 @@ class Config:
     out_dir: str = 'data/mine'  # where the token files go
     report: bool = False        # also write report.html there, a page about the data
     stdout: bool = False        # print the conversations as text and write no files
-    separator: str = '\\n\\n'   # what stands between documents of plain text; \\n ends a line
+    separator: str = '\n\n'     # what stands between documents of plain text; \n is a line break
     template: Literal[tuple(conversation.TEMPLATES)] = 'xml'  # how conversations are written
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
     max_tokens: Count = 1024    # a longer conversation loses turns from its end
