@@ -98,7 +98,7 @@ def test_an_answer_grows_as_it_comes(open_page, stub):
         'stream': True, 'stream_options': {'include_usage': True}}]
 
 
-@pytest.mark.parametrize('how', ['Escape', 'New chat', 'reload'])
+@pytest.mark.parametrize('how', ['Escape', 'reload'])
 def test_stopping_closes_the_connection(open_page, stub, how):
     stub.replies['out/oasst'] = ['One, two', None, ', three']
     page = open_page()
@@ -106,11 +106,8 @@ def test_stopping_closes_the_connection(open_page, stub, how):
     expect(page.locator('.text')).to_have_text('One, two')
     if how == 'Escape':
         page.keyboard.press('Escape')
-    elif how == 'reload':
-        page.reload()
     else:
-        press(page, how)
-        press(page, 'Count')  # among the earlier chats
+        page.reload()
     assert stub.left.wait(30)
     done(page)
     assert texts(page) == ['One, two']
@@ -141,8 +138,10 @@ def test_two_models_side_by_side_each_with_its_own_answers(open_page, stub, tmp_
         assert said(request) == said(line)[:-1]
 
 
-def test_a_reload_keeps_the_chat_and_the_settings(open_page, stub):
+def test_a_reload_keeps_the_chat_the_settings_and_the_api_key(open_page, stub):
+    stub.key = 'secret'
     page = open_page()
+    stub.key = None  # it would ask again, and be answered again
     page.get_by_label('Temperature').fill('0')
     page.get_by_label('Length').fill('12')
     ask(page, 'France?')
@@ -153,6 +152,7 @@ def test_a_reload_keeps_the_chat_and_the_settings(open_page, stub):
     for request in stub.requests:
         assert (request['temperature'], request['max_tokens']) == (0, 12)
     assert said(stub.requests[1]) == ['France?', ANSWER, 'And Japan?']
+    assert stub.keys == ['Bearer', 'Bearer secret', 'Bearer secret']
 
 
 def test_earlier_chats_stay_until_they_are_deleted(open_page, stub):
@@ -183,19 +183,8 @@ def test_code_is_set_apart_and_answers_can_be_copied(open_page, stub):
     assert page.evaluate('navigator.clipboard.readText()') == answer
 
 
-def test_the_api_key_is_asked_for_once(open_page, stub):
-    stub.key = 'secret'
-    page = open_page()
-    stub.key = None  # it would ask again, and be answered again
-    ask(page, 'France?')
-    page.reload()
-    done(page)
-    assert stub.keys == ['Bearer', 'Bearer secret', 'Bearer secret']
-
-
 ERRORS = [  # the reply, the text that is kept, the error that is shown
     ((429, '16 wait. Try again in a moment.'), '', '16 wait. Try again in a moment.'),
-    ((502, None), '', 'The server answered 502.'),
     (['The', {'error': {'message': 'the model failed.'}}], 'The', 'the model failed.'),
     (['The', OSError()], 'The', 'The connection broke before the answer ended.'),
     ([OSError()], '', 'The server does not answer. Is serve.py running?')]
@@ -251,6 +240,8 @@ def test_everything_can_be_done_with_the_keyboard(open_page, stub):
     page = open_page()
     box = page.get_by_label('Message')
     for key in ('o', 'n', 'e', 'Shift+Enter', 't', 'w', 'o', 'Enter'):
+        # Enter with isComposing ends an input method, as Japanese needs one, and sends nothing.
+        box.dispatch_event('keydown', {'key': 'Enter', 'isComposing': True})
         assert stub.requests == []
         page.keyboard.press(key)
     done(page)
@@ -261,14 +252,6 @@ def test_everything_can_be_done_with_the_keyboard(open_page, stub):
         page.keyboard.press('Shift+Tab')
         order.append(page.evaluate('document.activeElement.id || document.activeElement.innerText'))
     assert order == ['Retry', 'Copy', 'log', 'delete']
-
-
-def test_the_enter_that_ends_an_input_method_sends_nothing(open_page, stub):
-    page = open_page()
-    box = page.get_by_label('Message')
-    box.fill('日本')
-    box.dispatch_event('keydown', {'key': 'Enter', 'isComposing': True})
-    assert box.input_value() == '日本' and stub.requests == []
 
 
 def test_who_scrolls_up_to_read_stays_there(open_page, stub):

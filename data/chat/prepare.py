@@ -89,7 +89,7 @@ def split_csv(file):
     file = io.TextIOWrapper(file, 'utf-8-sig', newline='')
     header = file.readline().lower()
     delimiter = max(',;\t', key=header.count)
-    columns = next(csv.reader([header], delimiter=delimiter))
+    columns = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
     # strict: a quote that is never closed is an error. Otherwise it would swallow the rest.
     return csv.DictReader(file, columns, delimiter=delimiter, strict=True)
 
