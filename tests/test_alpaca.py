@@ -60,6 +60,9 @@ def test_the_book(run, folder, capsys, gpt2, flags, sizes, leaked):
         prompts.append([(row[0].casefold(), row[1].casefold()) for row in triples(folder, name)])
     train, *others = prompts
     assert [sum(prompt in train for prompt in other) for other in others] == leaked
+    said = [meta['counts'].get(f'prompts of {name} that are also in train', 0)
+            for name in list(meta['splits'])[1:]]
+    assert said == leaked
 
 
 def test_stanford(run, folder, capsys, gpt2):
@@ -74,11 +77,12 @@ def row(**changes):
     return {'instruction': 'f', 'input': '', 'output': 'x'} | changes
 
 
-NOTHING = ['No input', 'Noinput', '<no input>', 'N/A', 'n/a.', '"<noinput>"', '\\<noinput\\>',
-           ':\n<noinput>', 'No input required.', '<noinput> 8', 'None', '[No Input]', ' \n', None]
+NONE = ['No input', 'Noinput', '<no input>', 'N/A', 'n/a.', '"<noinput>"', '\\<noinput\\>',
+           ':\n<noinput>', 'No input required.', '<noinput> 8', 'None', '[No Input]']
 SOMETHING = ['Larry <noinput> the door.', 'No pain, no gain', 'None of the students', 'NASA']
 QUIRKS = [  # (row, what is kept as input and output or None, what is counted)
-    *[(row(input=text), ('', 'x'), []) for text in NOTHING],
+    *[(row(input=text), ('', 'x'), ['inputs that mean none']) for text in NONE],
+    *[(row(input=text), ('', 'x'), []) for text in (' \n', None)],
     *[(row(input=text), (text, 'x'), []) for text in SOMETHING],
     (row(output=' y\n'), ('', ' y\n'), []),  # as published: nothing is stripped
     ({'instruction': 'f', 'context': 'here', 'response': 'y'}, ('here', 'y'), []),
@@ -138,6 +142,14 @@ def test_the_split_by_hash_keeps_prompts_together(run, folder):
         assert set(found) <= set(triples(folder, name))  # nothing has moved
 
 
+def test_a_test_split_by_hash_and_repeated_rows(run, folder):
+    meta = run(ROWS + ROWS, dedup=True, test_fraction=0.3)
+    assert meta['dropped'] == {'repeated': 100}
+    found = {name: {question for question, _, _ in triples(folder, name)}
+             for name in ('train', 'val', 'test')}
+    assert found['test'] and not found['test'] & (found['train'] | found['val'])
+
+
 @pytest.mark.parametrize('flags, ends', [
     ({'train_rows': 60, 'val_rows': 10}, {'train': 60, 'val': 70, 'test': 100}),
     ({'split': '85/10/5'}, {'train': 85, 'test': 95, 'val': 100})])
@@ -156,7 +168,8 @@ def test_splits_by_position(run, folder, flags, ends, seed):
 
 @pytest.mark.parametrize('content, flags, said', [
     (ROWS, {'source': 'dolly'}, "'dolly', expected one of alpaca, alpaca-cleaned, instruction"),
-    (ROWS, {'split': '85/10'}, 'one of '), (ROWS, {'train_rows': 95}, 'more than the 100 rows'),
+    (ROWS, {'split': '85/10'}, 'as in 85/10/5'),
+    (ROWS, {'train_rows': 95}, 'more than the 100 rows'),
     (ROWS, {'split': '85/10/5', 'train_rows': 5}, 'two ways to split'),
     (ROWS, {'shuffle_seed': 42}, '--split=85/10/5 or --train_rows=N'),
     (ROWS, {'input': 'no.json'}, 'no.json not found'), ([], {}, 'no conversation can be used'),

@@ -71,15 +71,23 @@ class Config:
     tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
     max_tokens: Count = 1024    # of a row
     too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
+    dedup: bool = False         # drop a row if its prompt and answer were seen before
     val_fraction: Fraction = 0.05  # share of the prompts for validation
+    test_fraction: Fraction = 0.0  # share of the prompts for a test split
     seed: Seed = 1337           # decides which prompts those are
     # the split by position, as published runs have it: a prompt may be in several splits
-    split: Literal['', '85/10/5'] = ''  # per cent for train/test/val
+    split: str = ''             # percentages for train/test/val, such as 85/10/5
     train_rows: Natural = 0     # rows to train on; then come val_rows, and the rest is test
     val_rows: Natural = 1000    # only with train_rows
     shuffle_seed: Annotated[int, Range(-1)] = -1  # first shuffle as datasets does; -1 does not
 
+    def percentages(self):
+        """The three numbers of split."""
+        return [int(part) for part in re.findall(r'\d+', self.split)]
+
     def problems(self):
+        if self.split and (len(self.percentages()) != 3 or sum(self.percentages()) != 100):
+            yield f'split={self.split!r}: expected percentages for train/test/val, as in 85/10/5.'
         if self.split and self.train_rows:
             yield 'split and train_rows are two ways to split. Use one of them.'
         if self.shuffle_seed >= 0 and not self.split and not self.train_rows:
@@ -100,7 +108,10 @@ def read_row(record, counts):
     instruction = text_of(record.get('instruction'))
     context = text_of(record.get('input', record.get('context')))
     output = text_of(record.get('output', record.get('response')))
-    if not context.strip() or MEANS_NONE.fullmatch(context):
+    if MEANS_NONE.fullmatch(context):
+        counts['inputs that mean none'] += 1
+        context = ''
+    if not context.strip():
         context = ''
     turns = []
     for question, answer in record.get('history') or []:
@@ -131,8 +142,9 @@ def prompt_of(turns):
 def split_by_position(n, config):
     """Return the splits of n rows."""
     if config.split:
-        n_train = int(n * 0.85)
-        n_test = int(n * 0.1)
+        train, test, _ = config.percentages()
+        n_train = int(n * (train / 100))
+        n_test = int(n * (test / 100))
         sizes = {'train': n_train, 'test': n_test, 'val': n - n_train - n_test}
     else:
         n_test = n - config.train_rows - config.val_rows
@@ -151,18 +163,30 @@ def split_by_position(n, config):
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
+    shares = {'val': config.val_fraction, 'test': config.test_fraction}
     examples = []
-    for number, row in enumerate(source.records(lambda record: read_row(record, source.counts))):
-        turns, drop = row
-        split = common.split_by_hash(prompt_of(turns), config.seed, val=config.val_fraction)
-        examples.append(common.Example(number, split, turns, drop=drop))
+    seen = set()
+    for turns, drop in source.records(lambda record: read_row(record, source.counts)):
+        prompt = prompt_of(turns)
+        if config.dedup and (prompt, *turns[1:]) in seen:
+            drop = drop or 'repeated'
+        seen.add((prompt, *turns[1:]))
+        split = common.split_by_hash(prompt, config.seed, **shares)
+        examples.append(common.Example(len(examples), split, turns, drop=drop))
     names = ['train', 'val']
     rule = 'hash of the normalised prompt'
-    if config.split or config.train_rows:
+    if config.test_fraction:
         names.append('test')
+    if config.split or config.train_rows:
+        names = ['train', 'val', 'test']
         rule = 'by position'
         splits = split_by_position(len(examples), config)
         examples = [example._replace(split=split) for example, split in zip(examples, splits)]
+        # Unlike a hash, positions may put one prompt in two splits.
+        trained_on = {prompt_of(x.turns) for x in examples if x.split == 'train' and not x.drop}
+        for example in examples:
+            if example.split != 'train' and prompt_of(example.turns) in trained_on:
+                source.counts[f'prompts of {example.split} that are also in train'] += 1
     name = source.about['name']
     if name not in SOURCES:
         name = 'mine'
