@@ -8,12 +8,13 @@ Serves whatever sample.py opens: POST /v1/chat/completions and /v1/completions, 
 GET /v1/models and /health. What is sent counts as ordinary text: nobody can write a tag and forge
 a turn. If the environment variable GPT2_API_KEY is set, clients must send it as their API key.
 """
+import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -21,7 +22,6 @@ try:
     import uvicorn
 
     from web.app import make_app
-    from web.guard import MAX_WAITING, Connection
 except ImportError as error:
     print(f'serve.py needs Starlette and uvicorn ({error}). '
           'Install them: pip install -r requirements-serve.txt', file=sys.stderr)
@@ -36,7 +36,6 @@ from core.device import keep_freed_memory, pick_device
 from web.batching import Batch, Worker
 
 CLOSING_S = 3  # how long answers may go on after Ctrl-C or SIGTERM
-STARTED = int(time.time())
 
 
 @dataclass(frozen=True)
@@ -68,120 +67,95 @@ class Config:
 class Served(NamedTuple):
     """A model that can be asked by its name."""
     name: str
-    role: str  # tuned or compare
     opened: checkpoint.Opened
     template: str
+    window: int   # positions
     batch: Batch
-    examples: list  # questions to try, of its own data
-
-    @property
-    def window(self):
-        return self.opened.model.config.block_size
-
-    def entry(self, config):
-        """What /v1/models says about the model."""
-        return {
-            'id': self.name,
-            'object': 'model',
-            'created': STARTED,
-            'owned_by': 'local',
-            'role': self.role,
-            'description': self.opened.description,
-            'template': self.template,
-            'window': self.window,
-            'examples': self.examples,
-            'defaults': {'temperature': config.temperature, 'max_tokens': config.max_new_tokens},
-        }
+    entry: dict   # what /v1/models says about it
 
 
-def open_served(config, init_from, role, device):
-    """Open a model. --template is for the tuned one."""
-    template = config.template if role == 'tuned' else ''
+def open_served(config, init_from, role, template=''):
+    """Open a model. role: tuned or compare. template: '' for its own."""
+    device = pick_device(config.device)
     tags = bool(template) and TEMPLATES[template].tags
     opened = checkpoint.open_model(init_from, config.out_dir, config.which, tags=tags)
     template = template or opened.template or 'question'
     dtype = prepare(opened.model, device, config.dtype, config.compile)
     name = opened.folder if init_from == 'resume' else os.path.normpath(init_from)
     print(f'{name}: {opened.description}, on {device} in {dtype}, template {template}', flush=True)
+    window = opened.model.config.block_size
     batch = Batch(opened.model, config.batch_size, config.queue, config.remember)
-    return Served(name, role, opened, template, batch, examples(opened))
+    questions = []
+    if role == 'tuned' and opened.checkpoint:
+        questions = examples(opened)
+    entry = {
+        'id': name,
+        'object': 'model',
+        'created': 0,
+        'owned_by': 'local',
+        'role': role,
+        'description': opened.description,
+        'template': template,
+        'window': window,
+        'examples': questions,
+        'defaults': {'temperature': config.temperature, 'max_tokens': config.max_new_tokens},
+    }
+    return Served(name, opened, template, window, batch, entry)
 
 
 def examples(opened):
-    """The first short questions of the data that the model was tuned on, three at most."""
-    found = []
-    if not opened.checkpoint:
-        return found
+    """Three short questions of the data that the model was tuned on, if it is still there."""
     config = opened.checkpoint.config
     try:
         folder = tokenfile.find_folders(config['dataset'], config['data_dir'])[0]
         template = tokenfile.read_meta(folder)['template']
         split = tokenfile.Split([folder], 'val', 'response', opened.tokenizer.vocab_size)
+        texts = []
         for i in range(min(len(split), 200)):
-            text = readback.decode(*split[i], opened.tokenizer, template)[0].text
-            if len(text) < 80 and text not in found:
-                found.append(text)
-            if len(found) == 3:
-                break
-    except (UserError, ValueError, KeyError):
-        pass  # the data is no longer there, or is not of conversations: the page has its own
-    return found
-
-
-def open_all(config):
-    """The tuned model, and the one to compare it with."""
-    device = pick_device(config.device)
-    models = [open_served(config, config.init_from, 'tuned', device)]
-    if config.compare:
-        models.append(open_served(config, config.compare, 'compare', device))
-        if models[0].name == models[1].name:
-            raise UserError(f'compare={config.compare!r} is the model itself. '
-                            'Name another one, such as gpt2-medium.')
-    return models
-
-
-class Server(uvicorn.Server):
-    async def startup(self, sockets):
-        """Accept 128 connections at a time (asyncio's backlog), but let more of them wait."""
-        await super().startup(sockets)
-        for listening in sockets:
-            listening.listen(2048)
-
-
-def make_server(config, models, worker):
-    """uvicorn's server around the application."""
-    places = len(models) * (config.batch_size + config.queue)
-    return Server(uvicorn.Config(
-        make_app(config, models, worker),
-        http=Connection,
-        ws='none',
-        lifespan='off',
-        log_level='error',
-        access_log=False,
-        server_header=False,
-        # asyncio accepts as many connections as this at a time, see Server.
-        backlog=128,
-        h11_max_incomplete_event_size=16_384,
-        limit_concurrency=2 * MAX_WAITING + places,
-        timeout_graceful_shutdown=CLOSING_S + 2,
-    ))
+            turns = readback.decode(*split[i], opened.tokenizer, template)
+            texts.append(turns[0].text)
+        return [text for text in texts if len(text) < 80][:3]
+    except (UserError, LookupError, ValueError) as error:
+        print(f'no questions to try from its data: {error}', file=sys.stderr)
+        return []
 
 
 def listen(host, port):
     """A socket that listens there; UserError if it cannot."""
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), backlog=2048)
     except OSError as error:
         raise UserError(f'cannot listen on {host}:{port}: {error.strerror}. '
                         'Choose another port with --port=N; 0 takes any that is free.') from None
 
 
+def allow_connections(n=8192):
+    """Allow so many open files, one for each client, or as many as the system lets us have."""
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(n, most)), most))
+
+
+def make_server(config):
+    """Open the models. Returns uvicorn's server, and the Worker that writes their answers."""
+    models = [open_served(config, config.init_from, 'tuned', config.template)]
+    if config.compare:
+        models.append(open_served(config, config.compare, 'compare'))
+    worker = Worker([model.batch for model in models])
+    server = uvicorn.Server(uvicorn.Config(
+        make_app(config, models, worker),
+        log_level='error',
+        timeout_graceful_shutdown=CLOSING_S + 1,
+    ))
+    return server, worker
+
+
 def stop_on_signals(server, worker):
     """On Ctrl-C or SIGTERM, let the answers end that are being written, and then the process."""
     def stop(number, frame):
-        # The second signal ends the process at once.
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)  # the second signal ends the process at once
+        logging.disable()  # that clients are cut off now is no news
         server.should_exit = True
         timer = threading.Timer(CLOSING_S, worker.end_all)
         timer.daemon = True
@@ -201,26 +175,19 @@ def serve(server, worker, listening):
 
     # The models compute in this thread, which has loaded them: each thread that computes has a
     # team of OpenMP threads, and two teams would wait for each other.
-    answering = threading.Thread(target=answer)
-    answering.start()
-    try:
-        worker.run()
-    finally:
-        server.should_exit = True
-        answering.join()
+    threading.Thread(target=answer).start()
+    worker.run()
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     keep_freed_memory()
+    allow_connections()
     # The port first: a mistake there should not wait for a model to load.
     with listen(config.host, config.port) as listening:
-        models = open_all(config)
-        worker = Worker([model.batch for model in models])
-        server = make_server(config, models, worker)
+        server, worker = make_server(config)
         stop_on_signals(server, worker)
-        host = f'[{config.host}]' if ':' in config.host else config.host
-        address = f'http://{host}:{listening.getsockname()[1]}'
+        address = f'http://{config.host}:{listening.getsockname()[1]}'
         print(f'chat: {address}/   API: {address}/v1   Ctrl-C stops', flush=True)
         serve(server, worker, listening)
 

@@ -1,11 +1,11 @@
-"""What a request of OpenAI's API may say.
+"""What a request of OpenAI's API may say, and the prompt that it asks for.
 
 A parameter that would have no effect here is refused, never ignored in silence.
 Source: https://platform.openai.com/docs/api-reference/chat
 """
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.responses import JSONResponse
 
 from core import conversation
@@ -16,78 +16,55 @@ from core.readback import from_messages
 class ApiError(Exception):
     """A refusal or a failure, in the form that OpenAI's clients expect."""
 
-    def __init__(self, status, message, param=None, code=None, headers=None):
+    def __init__(self, status, message, param=None, code=None):
         self.status = status
-        self.headers = headers
         kind = 'server_error' if status >= 500 else 'invalid_request_error'
         self.body = {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
 
     def response(self):
-        return JSONResponse(self.body, self.status, self.headers)
+        return JSONResponse(self.body, self.status)
 
-
-# Parameters that clients send although they have no effect here, with the values that ask for none.
-NEUTRAL = {
-    'logit_bias': [{}], 'logprobs': [False, 0], 'top_logprobs': [0], 'typical_p': [1],
-    'repeat_penalty': [1], 'n': [1], 'best_of': [1], 'echo': [False], 'suffix': [''],
-    'tools': [[]], 'tool_choice': ['none', 'auto'], 'functions': [[]],
-    'response_format': [{'type': 'text'}], 'modalities': [['text']], 'reasoning_effort': ['none'],
-}
-# Parameters that change no answer, whatever their value.
-IGNORED = {
-    'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key',
-    'parallel_tool_calls', 'cache_prompt', 'keep_alive', 'chat_id', 'session_id', 'id',
-}
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Natural], Field(min_length=1, fail_fast=True)]
-
-
-def in_list(value):
-    """A text, or ids, as a list of one; anything else as it is."""
-    if isinstance(value, str) or isinstance(value, list) and value and isinstance(value[0], int):
-        return [value]
-    return value
-
-
-def a_list(kind, **limits):
-    """The type of a list, or of a single value that is put into one."""
-    return Annotated[list[kind], Field(fail_fast=True, **limits), BeforeValidator(in_list)]
-
-
 StopText = Annotated[str, Field(min_length=1, max_length=100)]
+# A single text counts as a list of one.
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
-class Body(BaseModel):
+class Body(BaseModel, extra='forbid', strict=True):
     """What both kinds of request may say; null counts as absent."""
-    model_config = ConfigDict(extra='allow', strict=True)
     model: str | None = None
     stream: bool | None = None
     stream_options: dict | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None  # the newer name of max_tokens
     seed: Annotated[int, Field(ge=-2 ** 63, lt=2 ** 63)] | None = None
-    stop: a_list(StopText, max_length=4) | None = None
+    stop: Annotated[list[StopText], Field(max_length=4), OneOrMore] | None = None
     # the fields of core.generate.Sampling, of which OpenAI has only some
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Natural | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     no_repeat_ngram_size: Natural | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    # what clients send although it changes nothing here
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
 
     def sampling(self, config):
         """How to choose tokens: as the request says, and otherwise as the server does."""
-        chosen = Sampling(temperature=config.temperature, top_k=config.top_k)
-        for name in Sampling._fields:
-            value = getattr(self, name)
-            if value is not None:
-                chosen = chosen._replace(**{name: value})
-        return chosen
+        chosen = {'temperature': config.temperature, 'top_k': config.top_k}
+        chosen |= self.model_dump(include=set(Sampling._fields), exclude_none=True)
+        return Sampling(**chosen)
 
     def longest(self, config):
         """How many tokens the answer may have."""
@@ -103,12 +80,13 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A message of a conversation. Any other fields are ignored."""
     role: Literal['system', 'developer', 'user', 'assistant']
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    content: str | list[Part] | None = None
 
-    def text(self):
-        if isinstance(self.content, list):
-            return ''.join(part.text for part in self.content)
-        return self.content or ''
+    def as_dict(self):
+        content = self.content
+        if isinstance(content, list):
+            content = ''.join(part.text for part in content)
+        return {'role': self.role, 'content': content}
 
 
 class ChatBody(Body):
@@ -119,8 +97,7 @@ class ChatBody(Body):
     def ids(self, served, n_new):
         """The ids of the prompt; ValueError for a conversation that cannot be."""
         tokenizer = served.opened.tokenizer
-        messages = [{'role': message.role, 'content': message.text()} for message in self.messages]
-        turns = from_messages(messages)
+        turns = from_messages([message.as_dict() for message in self.messages])
         if turns[-1].role != 'user':
             raise ValueError("the last message is the assistant's, expected the user's")
         if self.truncation == 'auto':
@@ -130,55 +107,37 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    """POST /v1/completions: a prompt of raw text, or of ids."""
-    prompt: a_list(Text | Ids, min_length=1, max_length=1)
+    """POST /v1/completions: a prompt of raw text."""
+    prompt: Annotated[list[Text], Field(min_length=1, max_length=1), OneOrMore]
 
     def ids(self, served, n_new):
-        """The ids of the prompt; ValueError for ids that may not be sent."""
-        tokenizer = served.opened.tokenizer
-        prompt, = self.prompt
-        if isinstance(prompt, str):
-            return tokenizer.encode(prompt).tolist()
-        # With the ids of tags one could forge a turn.
-        special = set(tokenizer.special.values()) - {tokenizer.end_of_text}
-        for i in prompt:
-            if i in special or i >= tokenizer.vocab_size:
-                raise ValueError(f'{i} is not the id of a piece of text, or of <|endoftext|>')
-        return prompt
+        """The ids of the prompt."""
+        return served.opened.tokenizer.encode(self.prompt[0]).tolist()
 
 
 def read(kind, raw):
-    """The body of a request as a ChatBody or a CompletionBody; ApiError for anything else."""
+    """The body of a request, a ChatBody or a CompletionBody; ApiError for anything else."""
     try:
-        body = kind.model_validate_json(raw)
+        return kind.model_validate_json(raw)
     except ValidationError as error:
         # A value that may have several types has an error for each: the longest path is meant.
         errors = error.errors(include_url=False, include_input=False)
         first = max(errors, key=lambda one: len(one['loc']))
-        path = [str(part) for part in first['loc']]
-        param = '.'.join(part for part in path if '[' not in part and not part.endswith('str'))
-        message = f'{param or "the body"}: {first["msg"]}.'
-        raise ApiError(400, message, param or None, first['type']) from None
-    # What is left are parameters that have no effect here.
-    for name, value in body.model_extra.items():
-        if name in IGNORED or value is None or value in NEUTRAL.get(name, []):
-            continue
-        why = 'is not known'
-        if name in NEUTRAL:
-            why = 'has no effect here; leave it out'
-        raise ApiError(400, f'the parameter {name} {why}.', name, 'unsupported_parameter')
-    return body
+    path = '.'.join(str(part) for part in first['loc'])
+    message = f'{path or "the body"}: {first["msg"]}.'
+    if first['type'] == 'extra_forbidden':
+        message = f'the parameter {path} is not known, or has no effect here. Leave it out.'
+    raise ApiError(400, message, path or None, first['type'])
 
 
 def encode(body, served, n_new):
     """The ids of a body's prompt, no more than the model's window holds."""
-    field = 'prompt' if isinstance(body, CompletionBody) else 'messages'
     try:
         ids = body.ids(served, n_new)
     except ValueError as error:
-        raise ApiError(400, f'{error}.', field) from None
+        raise ApiError(400, f'{error}.') from None
     if len(ids) > served.window:
         message = (f'the prompt has {len(ids):,} tokens, the model reads {served.window:,}. '
                    'Shorten it; in a chat, truncation="auto" leaves out the oldest turns.')
-        raise ApiError(400, message, field, 'context_length_exceeded')
+        raise ApiError(400, message, code='context_length_exceeded')
     return ids

@@ -3,10 +3,9 @@
     python serve.py --init_from=out/oasst
 
 A decoding step reads every weight once, whether it is for one answer or for eight. So the last
-tokens of all answers go through the model together. A new prompt is read in pieces between these
-steps, so that the others need not wait for it. An answer that ends frees its place for the next.
-Sources: Yu et al. 2022 (Orca), iteration-level scheduling; Agrawal et al. 2023,
-https://arxiv.org/abs/2308.16369, prompts read in pieces.
+tokens of all answers go through the model together. An answer that ends frees its place for the
+next one, which joins the others after its prompt has been read.
+Source: Yu et al. 2022 (Orca), iteration-level scheduling.
 """
 import threading
 import traceback
@@ -20,15 +19,13 @@ import torch
 from core.generate import KVCache, Sampling, choose
 from web.slots import Memory, Slots
 
-PIECE = 128  # prompt tokens that are read between two steps of the others
-
 
 @dataclass(eq=False)
 class Request:
     """An answer to write.
 
-    The worker's thread calls deliver(ids, finish) for each new token, with its id in a list.
-    finish is None until the last call: then 'stop', 'length', 'error', or 'closing' when the
+    The worker's thread calls deliver([id], None) for each new token, and at the end
+    deliver([], finish), where finish is 'stop', 'length', or 'error' if the model failed or the
     server stops. The token that stops an answer is not delivered.
     """
     prompt: list                       # ids
@@ -37,10 +34,9 @@ class Request:
     sampling: Sampling
     seed: int = 0
     stops: set = frozenset()           # ids that end the answer
-    ended: bool = False                # or the client has gone: deliver is not called any more
+    ended: bool = False                # or the client has gone
     written: list = field(default_factory=list)  # ids of the answer so far
     n_remembered: int = 0              # tokens of the prompt that did not have to be read
-    cache: KVCache = None              # while the prompt is being read
     generator: torch.Generator = None  # what one answer draws does not depend on the others
 
     def end(self, finish):
@@ -63,76 +59,51 @@ class Batch:
 
     def reset(self):
         """Forget every answer."""
-        self.reading = None  # the request whose prompt is being read
-        self.writing = []    # those whose answers are being written, in the rows of the slots
+        self.writing = []  # the requests that are answered, in the rows of the slots
         self.slots = Slots(self.model)
         self.memory = Memory(self.remember)
 
     @property
     def busy(self):
         """How many places are taken."""
-        return len(self.writing) + (self.reading is not None)
+        return len(self.writing)
 
     def round(self):
-        """Read a piece of the next prompt, then write one token of every answer."""
-        # Free the places of clients that have gone. Backwards, because the last answer moves into
-        # the row of one that leaves.
+        """Read the prompts for which there is a place, then write one token of every answer."""
+        while self.waiting and self.busy < self.size:
+            self.read(self.waiting[0])
+            self.waiting.popleft()
+        # Free the places of answers that have ended, and of clients that have gone. Backwards,
+        # because the last answer moves into the row of one that leaves.
         for row in reversed(range(len(self.writing))):
             if self.writing[row].ended:
                 self.leave(row)
-        # Read new prompts: a piece if others wait for their next token, or else a whole window.
-        budget = PIECE if self.writing else self.model.config.block_size
-        while budget > 0 and len(self.writing) < self.size and (self.reading or self.waiting):
-            budget -= self.read(budget)
         if not self.writing:
             return
         # One step of the model for all answers, each of which then chooses its own token.
         self.slots.make_room(len(self.writing), max(self.slots.lengths) + 1)
         last = [[request.written[-1]] for request in self.writing]
         logits = self.slots.step(self.model, torch.tensor(last, device=self.model.device))
-        for row in reversed(range(len(self.writing))):
-            self.write(self.writing[row], logits[row], self.slots.lengths[row])
-            if self.writing[row].ended:
-                self.leave(row)
+        for row, request in enumerate(self.writing):
+            self.write(request, logits[row], self.slots.lengths[row])
 
-    def read(self, n):
-        """Read up to n tokens of a prompt; return how many."""
-        if not self.reading:
-            self.reading = self.waiting.popleft()
-        request = self.reading
+    def read(self, request):
+        """Read a prompt, as far as it is not remembered, and write the first token after it."""
         if request.ended:
-            self.reading = None
-            return 0
-        if not request.cache:
-            # It is its turn: start with what is remembered of its text.
-            request.cache = KVCache(self.model, 1, len(request.prompt))
-            request.n_remembered = self.memory.fill(request.cache, request.prompt)
-            request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
-        start = request.cache.lengths[0]
-        piece = request.prompt[start:start + n]
-        logits = request.cache.step(self.model, torch.tensor([piece], device=self.model.device))
-        # After the last piece comes the first token of the answer, which then joins the others.
-        if start + len(piece) == len(request.prompt):
-            self.write(request, logits[0], len(request.prompt))
-            if request.ended:
-                self.memory.keep(request.prompt, request.cache, 0)
-            else:
-                self.slots.join(request.cache)
-                self.writing.append(request)
-            self.reading = request.cache = None
-        return len(piece)
+            return
+        cache = KVCache(self.model, 1, len(request.prompt))
+        request.n_remembered = self.memory.fill(cache, request.prompt)
+        request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
+        unread = request.prompt[request.n_remembered:]
+        logits = cache.step(self.model, torch.tensor([unread], device=self.model.device))
+        self.write(request, logits[0], len(request.prompt))
+        self.slots.join(cache)
+        self.writing.append(request)
 
     def write(self, request, logits, length):
         """Choose and deliver the token that follows `length` positions."""
         text = (request.prompt, request.written)
-        try:
-            token = choose(logits[None].float(), request.sampling, request.generator, [text]).item()
-        except RuntimeError:
-            # No token can be drawn from these logits. The other answers go on.
-            traceback.print_exc()
-            request.end('error')
-        if request.ended:
-            return
+        token = choose(logits[None].float(), request.sampling, request.generator, [text]).item()
         if token in request.stops:
             request.end('stop')
             return
@@ -151,11 +122,9 @@ class Batch:
         self.writing.pop()
 
     def fail(self):
-        """End every answer that has a place, after a step of all of them has failed."""
-        for request in [*self.writing, self.reading]:
-            if request:
-                request.end('error')
-        self.reset()
+        """End every answer where it is."""
+        for request in [*self.waiting, *self.writing]:
+            request.end('error')
 
 
 class Worker:
@@ -169,7 +138,7 @@ class Worker:
     def submit(self, batch, request):
         """Have the batch answer the request; raises Full if too many wait."""
         with self.news:
-            if len(batch.waiting) >= batch.queue + max(0, batch.size - batch.busy):
+            if len(batch.waiting) >= batch.queue + batch.size - batch.busy:
                 raise Full
             batch.waiting.append(request)
             self.news.notify()
@@ -177,9 +146,7 @@ class Worker:
     def end_all(self):
         """End every answer where it is."""
         for batch in self.batches:
-            for request in [*batch.waiting, *batch.writing, batch.reading]:
-                if request:
-                    request.end('closing')
+            batch.fail()
 
     def stop(self):
         """Let run return."""
@@ -201,6 +168,7 @@ class Worker:
                 try:
                     batch.round()
                 except Exception:
-                    # Most likely out of memory. Who is concerned is told, and the server goes on.
+                    # Most likely out of memory. Who waits is told, and the server goes on.
                     traceback.print_exc()
                     batch.fail()
+                    batch.reset()

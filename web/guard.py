@@ -1,68 +1,11 @@
-"""Who may ask, and how long a client may take over its question."""
+"""Who may ask: no page of another site, and nobody without the API key."""
 import hmac
 import ipaddress
 from urllib.parse import urlsplit
 
-import h11
 from starlette.datastructures import Headers
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from web.api import ApiError
-
-PATIENCE_S = 20    # a client has this long to send a whole request, or to read what is sent
-MAX_WAITING = 128  # connections that wait for their client; of more, the oldest is closed
-
-
-class Connection(H11Protocol):
-    """uvicorn's connection, which by itself would wait for its client for ever."""
-    waiting = {}  # {connection: its timer}, oldest first
-
-    def watch(self):
-        """Start the clock when it is the client's turn to send or to read, or else stop it."""
-        sends = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if not (sends or self.flow.write_paused):
-            self.forget()
-        elif self not in self.waiting:
-            self.waiting[self] = self.loop.call_later(PATIENCE_S, self.transport.abort)
-        if len(self.waiting) > MAX_WAITING:
-            oldest = next(iter(self.waiting))
-            oldest.forget()
-            oldest.transport.abort()
-
-    def forget(self):
-        if self in self.waiting:
-            self.waiting.pop(self).cancel()
-
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.watch()
-
-    def data_received(self, data):
-        super().data_received(data)
-        self.watch()
-
-    def on_response_complete(self):
-        super().on_response_complete()
-        self.watch()
-
-    def pause_writing(self):
-        super().pause_writing()
-        self.watch()
-
-    def resume_writing(self):
-        super().resume_writing()
-        self.watch()
-
-    def connection_lost(self, exc):
-        super().connection_lost(exc)
-        self.forget()
-
-    def shutdown(self):
-        """The server stops: do not wait for the rest of a request."""
-        if self in self.waiting:
-            self.transport.abort()
-        else:
-            super().shutdown()
 
 
 class Guard:
@@ -74,8 +17,7 @@ class Guard:
 
     def __init__(self, app, allow_host, key):
         self.app = app
-        names = allow_host.lower().replace(',', ' ').split()
-        self.names = {'localhost', *names}
+        self.names = {'localhost', *allow_host.lower().replace(',', ' ').split()}
         self.key = key.encode()
 
     def is_ours(self, host):

@@ -2,6 +2,7 @@
 from collections import deque
 
 import torch
+import torch.nn.functional as F
 
 from core.generate import KVCache
 
@@ -20,15 +21,13 @@ class Slots(KVCache):
         self.store = torch.stack([self.k, self.v])
 
     def make_room(self, rows, positions):
-        """Use so many rows of the store, which must have at least so many positions."""
-        _, n_layer, had_rows, n_head, had_positions, size = self.store.shape
-        if rows > had_rows or positions > had_positions:
-            more_rows = max(rows, had_rows)
-            more_positions = max(-(-positions // GROWTH) * GROWTH, had_positions)
+        """Use so many rows of the store, and grow it if it has less rows or positions."""
+        more_rows = max(0, rows - self.store.shape[2])
+        missing = max(0, positions - self.store.shape[4])
+        more_positions = -(-missing // GROWTH) * GROWTH
+        if more_rows or more_positions:
             # Zeros, because attention multiplies masked positions by 0: they must not be NaN.
-            grown = self.store.new_zeros(2, n_layer, more_rows, n_head, more_positions, size)
-            grown[:, :, :had_rows, :, :had_positions] = self.store
-            self.store = grown
+            self.store = F.pad(self.store, (0, 0, 0, more_positions, 0, 0, 0, more_rows))
         self.k, self.v = self.store[:, :, :rows]
 
     def join(self, cache):
