@@ -1,22 +1,16 @@
-"""For the tests of the page: a server that answers by script, and headless Chromium.
-
-As a command, it takes a picture of the page of a server that runs:
-
-    python tests/chat_page.py http://127.0.0.1:8000 docs/chat.png "What's the capital of France?"
-"""
+"""For the tests of the page: a server that answers by script, and headless Chromium."""
 import contextlib
 import http.server
 import json
 import os
 import select
 import shutil
-import sys
 import threading
 
 PAGE = os.path.join(os.path.dirname(__file__), '..', 'web', 'chat.html')
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-         '--disable-background-networking', '--disable-component-update', '--disable-sync']
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
+         '--disable-component-update']
 TUNED = {'id': 'out/oasst', 'role': 'tuned', 'window': 1024, 'template': 'xml',
          'description': 'gpt2-medium tuned on OpenAssistant',
          'defaults': {'temperature': 0.7, 'max_tokens': 256}}
@@ -25,15 +19,15 @@ PARIS = ['The capital', ' of France', ' is Paris.']
 
 
 class Stub(http.server.ThreadingHTTPServer):
-    """Speaks as much of the API as the page uses; port 0 is any free one.
+    """Speaks as much of the API as the page uses.
 
     replies: {model id: pieces of text}. Among the pieces, None waits until `go` is set, a dict is
     sent as it is, and an exception breaks the connection. (status, message) is an error.
     """
     daemon_threads = True
 
-    def __init__(self, port=0):
-        super().__init__(('127.0.0.1', port), Handler)
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
         self.models = [TUNED]
         self.replies = {'out/oasst': PARIS, 'gpt2-medium': [' France', '?']}
         self.finish = 'stop'
@@ -51,23 +45,21 @@ class Stub(http.server.ThreadingHTTPServer):
         super().server_close()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def send(self, status, body, kind='application/json'):
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode()
+    def translate_path(self, path):
+        return PAGE
+
+    def send(self, status, body):
         self.send_response(status)
-        self.send_header('Content-Type', kind)
-        self.send_header('Content-Length', len(body))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(json.dumps(body).encode())
 
     def do_GET(self):
         if self.path == '/':
-            with open(PAGE, 'rb') as file:
-                self.send(200, file.read(), 'text/html; charset=utf-8')
+            super().do_GET()
             return
         self.server.keys.append(self.headers['Authorization'])
         if self.server.key and self.server.keys[-1] != f'Bearer {self.server.key}':
@@ -80,11 +72,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(request)
         reply = self.server.replies[request['model']]
         if isinstance(reply, tuple):
-            status, message = reply
-            self.send(status, {'error': {'message': message}} if message else b'not JSON')
+            self.send(reply[0], {'error': {'message': reply[1]}})
             return
         self.send_response(200)
-        self.send_header('Content-Type', 'text/event-stream')
         self.end_headers()
         for piece in reply:
             if isinstance(piece, Exception):
@@ -120,21 +110,3 @@ def say(page, text):
     """Type it and press Enter."""
     page.get_by_label('Message').fill(text)
     page.get_by_label('Message').press('Enter')
-
-
-def picture(url, path, *questions):
-    """Ask the server the questions, greedily, and save what the page then shows."""
-    with chromium() as browser:
-        page = browser.new_page(viewport={'width': 1080, 'height': 740})
-        page.goto(url)
-        page.wait_for_selector('#empty .answer')
-        page.get_by_label('Temperature').fill('0')
-        page.get_by_label('Length').fill('24')
-        for question in questions:
-            say(page, question)
-            page.wait_for_selector('body:not(.busy)', timeout=600_000)
-        page.screenshot(path=path)
-
-
-if __name__ == '__main__':
-    picture(*sys.argv[1:])
