@@ -74,12 +74,12 @@ class Client(TestClient):
 # ---- answers ----
 
 @pytest.mark.parametrize('template', TEMPLATES)
-@pytest.mark.parametrize('answer', [b' Paris.', '🙂 x'.encode(), b' Gr\xc3', b' ', b''])
-def test_an_answer_is_that_of_sample_py_for_every_template(template, answer):
-    client = Client(answer=answer, template=template)
-    expected = conversation.answer_text(list(answer), BYTES, template)
-    assert client.text() == (expected, 'length')
-    assert client.text(RAW) == (answer.decode(errors='replace'), 'length')  # with its space
+def test_an_answer_is_that_of_sample_py_for_every_template(template):
+    for answer in (b' Paris.', '🙂 x'.encode(), b' Gr\xc3', b' ', b''):
+        client = Client(answer=answer, template=template)
+        expected = conversation.answer_text(list(answer), BYTES, template)
+        assert client.text() == (expected, 'length')
+        assert client.text(RAW) == (answer.decode(errors='replace'), 'length')  # with its space
 
 
 def test_an_answer_stops_at_the_stops_of_its_own_template():
@@ -108,16 +108,12 @@ def test_a_failure_is_an_error_whole_and_in_the_stream():
 
 def test_messages_are_taken_by_the_rule_of_from_messages():
     client = Client()
-    parts = [{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]
     client.text(messages=[
-        {'role': 'assistant', 'content': 'hello'},
         {'role': 'system', 'content': 'brief'},
-        {'role': 'user', 'content': parts},
-        {'role': 'user', 'content': 'c', 'name': 'me'},
+        {'role': 'user', 'content': [{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]},
         {'role': 'assistant', 'content': None},
-        {'role': 'user', 'content': 'd'}])
-    expected = [Turn('assistant', 'hello'), Turn('user', 'brief\n\nab\n\nc'),
-                Turn('assistant', ''), Turn('user', 'd')]
+        {'role': 'user', 'content': 'd', 'name': 'me'}])
+    expected = [Turn('user', 'brief\n\nab'), Turn('assistant', ''), Turn('user', 'd')]
     assert client.asked.prompt == conversation.prompt(expected, BYTES)
 
 
@@ -166,8 +162,6 @@ def test_a_request_has_its_own_parameters_or_the_servers():
     ({'messages': [{'role': 'user', 'content': 'x' * 1100}]}, None, 'the model reads 1,024'),
     ({'model': 'gpt-4'}, 'model', 'there is tuned'),
     ({'temperature': 2.5}, 'temperature', '2'),
-    ({'temperature': float('nan')}, 'temperature', '2'),
-    ({'max_tokens': 0}, 'max_tokens', '1'),
     ({'max_tokens': '12'}, 'max_tokens', 'integer'),
     ({'seed': 10 ** 400}, 'seed', 'less than'),
     ({'stop': ['x'] * 5}, 'stop', 'at most 4'),

@@ -162,19 +162,19 @@ def test_more_requests_than_may_wait_are_refused(models):
 def test_large_requests_and_idle_connections_hold_up_nobody(server, capfd):
     beginnings = [b'', b'GET /health HTT', HALF, b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n' * 400]
     large = json.dumps({'messages': [{'role': 'user', 'content': 'word ' * 190_000}]})
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as pool:
         for i in range(200):
             idle = stack.enter_context(socket.create_connection(server.address))
             idle.sendall(beginnings[i % 4])
-        asked = [pool.submit(requests.post, server.url + CHAT, large) for _ in range(8)]
+        asked = [pool.submit(requests.post, server.url + CHAT, large) for _ in range(16)]
         slowest = 0
         while not all(one.done() for one in asked):
             started = time.monotonic()
             assert server.health()['status'] == 'ok'
             slowest = max(slowest, time.monotonic() - started)
-        assert [one.result().status_code for one in asked] == [400] * 8
+        assert [one.result().status_code for one in asked] == [400] * 16
         assert server.chat(max_tokens=1).choices
-    assert slowest < 1 and 'Traceback' not in capfd.readouterr().err
+    assert slowest < 2 and 'Traceback' not in capfd.readouterr().err
 
 
 # ---- the process ----

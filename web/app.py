@@ -1,6 +1,7 @@
 """The web application: which address leads to what."""
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from queue import Full
 
@@ -16,6 +17,7 @@ from web.api import ApiError, ChatBody, CompletionBody, encode, read
 from web.guard import Guard
 
 MAX_BODY = 1_000_000  # bytes of a request
+READER = ThreadPoolExecutor(1)  # of requests; one thread, because the other cores are the model's
 PAGE = os.path.join(REPOSITORY, 'web', 'chat.html')
 # The page is one file: it may load nothing, and talk to this server alone.
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -54,8 +56,9 @@ async def answer(kind, http):
         if len(raw) > MAX_BODY:
             raise ApiError(413, f'the request has more than {MAX_BODY:,} bytes.',
                            code='request_too_large')
-    # In a thread of its own: others are answered while a long request is parsed and encoded.
-    body, model, ids = await asyncio.to_thread(understand, kind, bytes(raw), state)
+    # Others are answered while a long request is parsed and encoded.
+    loop = asyncio.get_running_loop()
+    body, model, ids = await loop.run_in_executor(READER, understand, kind, bytes(raw), state)
     written = Answer(body, ids, model, state.config)
     try:
         state.worker.submit(model.batch, written.request)

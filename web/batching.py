@@ -92,7 +92,8 @@ class Batch:
         if request.ended:
             return
         cache = KVCache(self.model, 1, len(request.prompt))
-        request.n_remembered = self.memory.fill(cache, request.prompt)
+        self.memory.fill(cache, request.prompt)
+        request.n_remembered = cache.lengths[0]
         request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
         unread = request.prompt[request.n_remembered:]
         logits = cache.step(self.model, torch.tensor([unread], device=self.model.device))
@@ -104,6 +105,8 @@ class Batch:
         """Choose and deliver the token that follows `length` positions."""
         text = (request.prompt, request.written)
         token = choose(logits[None].float(), request.sampling, request.generator, [text]).item()
+        if request.ended:  # meanwhile: nobody may be there to take it
+            return
         if token in request.stops:
             request.end('stop')
             return

@@ -1,5 +1,6 @@
 """Keys and values of the texts that are being written, and of those that may go on."""
 from collections import deque
+from os.path import commonprefix  # of any lists
 
 import torch
 import torch.nn.functional as F
@@ -65,16 +66,11 @@ class Memory:
         self.texts.append((ids, keys, values))
 
     def fill(self, cache, prompt):
-        """Copy the longest remembered beginning of the prompt into an empty cache; its length."""
-        longest = 0
+        """Copy the longest remembered beginning of the prompt into an empty cache."""
         for ids, keys, values in self.texts:
-            n = 0
             # The prompt's last token is always read: its logits give the first token of the answer.
-            while n < min(len(ids), len(prompt) - 1) and ids[n] == prompt[n]:
-                n += 1
-            if n > longest:
-                longest = n
+            n = len(commonprefix([ids, prompt[:-1]]))
+            if n > cache.lengths[0]:
+                cache.lengths = [n]
                 cache.k[:, 0, :, :n] = keys[:, :, :n]
                 cache.v[:, 0, :, :n] = values[:, :, :n]
-        cache.lengths = [longest]
-        return longest
