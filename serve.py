@@ -175,7 +175,7 @@ def serve(server, worker, listening):
 
     # The models compute in this thread, which has loaded them: each thread that computes has a
     # team of OpenMP threads, and two teams would wait for each other.
-    threading.Thread(target=answer).start()
+    threading.Thread(target=answer, daemon=True).start()
     worker.run()
 
 
