@@ -1,19 +1,14 @@
-"""What every prepare.py shares: the source, the split, encoding, counting and writing.
-
-A prepare.py turns the records of a Source into Examples and gives them to `export`.
-"""
+"""What every prepare.py shares: it turns the records of a Source into Examples for `export`."""
 import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
@@ -21,20 +16,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError
+from configurator import REPOSITORY, UserError
 from core import conversation, tokenfile, tokenizer
-from core.files import Bar, only_writer, reading
+from core.files import Bar, reading
 
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
-# Before each attempt to download.
-PAUSES_S = (0, 1, 2, 4, 8)
 # The recipe for whatever is not a published file.
 OWN_DATA = 'config/finetune_own.py'
-# A connection that sends nothing for so long is broken.
-SILENCE_S = 30
-# bytes; parsing a hostile line takes 30 times as much memory.
-LONGEST_LINE = 16 << 20
-UNUSED = 20  # columns that the table names
+
+
+def split_json(file):
+    """The objects of a JSON array, or the lines of a file of JSON lines."""
+    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
+        return json.loads(file.read())
+    return filter(bytes.strip, file)
 
 
 class Source:
@@ -44,20 +39,18 @@ class Source:
     """
 
     def __init__(self, config, published, folder):
-        # Rows of the table, filled in by the caller.
-        self.counts = Counter()
-        # What is wrong with records that cannot be read.
-        self.broken = []
+        self.counts = Counter()  # rows of the table, filled in by the caller
+        self.broken = []  # what is wrong with records that cannot be read
         self.path = config.input or download(published[config.source]['url'], folder)
         with reading(self.path), open(self.path, 'rb') as file:
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
         # What meta.json says about it. A published file is recognised wherever it is.
-        self.about = {'name': os.path.basename(self.path), 'url': None, 'licence': None}
+        self.about = {'name': os.path.basename(self.path), 'url': None, 'licence': None,
+                      'bytes': os.path.getsize(self.path), 'sha256': sha256}
         for name, entry in published.items():
             if entry['sha256'] == sha256:
-                self.about = {'name': name, **entry}
+                self.about |= {'name': name, **entry}
                 print(f"{name}: licence {entry['licence']}", file=sys.stderr)
-        self.about |= {'bytes': os.path.getsize(self.path), 'sha256': sha256}
         if not config.input and self.about['name'] != config.source:
             raise UserError(f'{self.path} is not the published file: its sha256 is {sha256}. '
                             'Delete it and run this again.')
@@ -70,46 +63,25 @@ class Source:
                 file = gzip.GzipFile(fileobj=file)
             yield file
 
-    def records(self, read, split=None, expected='Expected JSON lines or one JSON array.'):
-        """Yield read(record) for each record; split(file) yields them, by default from JSON."""
+    def records(self, read, split=split_json, expected='Expected JSON lines or one JSON array.'):
+        """Yield read(record) for each record that split(file) finds."""
         number = 0
         with self.open(expected) as file:
-            values = (split or split_json)(file)
-            for number, value in enumerate(values, 1):
+            for number, record in enumerate(split(file), 1):
                 try:
-                    if isinstance(value, bytes):
-                        value = json.loads(value)
-                    if not isinstance(value, dict):
-                        raise TypeError(f'found {str(value)[:40]!r}, expected an object')
-                    found = read(value)
-                except Exception as error:  # a hostile record can make a reader raise anything
-                    self.broken.append(f'record {number}: {error}'[:200])
+                    if isinstance(record, bytes):
+                        record = json.loads(record)
+                    found = read(record)
+                except Exception as error:  # a malformed record can make a reader raise anything
+                    problem = f'record {number}: {type(error).__name__} {error}'
+                    self.broken.append(problem[:200])
                 else:
                     yield found
-        for problem in self.broken[:10]:
-            print(f'broken {problem}', file=sys.stderr)
         if len(self.broken) > number / 100:
             raise UserError(f'{len(self.broken)} of {number} records of {self.path} are broken, '
-                            f'more than 1 %. The first: {self.broken[0]}')
-
-
-def split_json(file):
-    """The objects of a JSON array, or the lines of a file of JSON lines."""
-    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
-        return json.loads(file.read())
-    # A line that is too long comes in pieces, which all count as broken.
-    return filter(bytes.strip, iter(lambda: file.readline(LONGEST_LINE), b''))
-
-
-def count_unused(record, used, counts):
-    """Count the columns of a record that hold something and that nobody reads, by name."""
-    for name, value in record.items():
-        if name in used or value in ('', None, [], {}) or value != value:  # NaN, from pandas
-            continue
-        row = f'  not used: {name[:40]!r}'
-        if row not in counts and sum(key.startswith('  not used') for key in counts) >= UNUSED:
-            row = '  not used: other columns'
-        counts[row] += 1
+                            f'more than 1 %. The first: {self.broken[0]}. {expected}')
+        for problem in self.broken[:10]:
+            print(f'broken {problem}', file=sys.stderr)
 
 
 def download(url, folder):
@@ -117,39 +89,23 @@ def download(url, folder):
     path = os.path.join(folder, os.path.basename(url))
     if os.path.exists(path):
         return path
-    with only_writer(folder):
-        for pause in PAUSES_S:
-            time.sleep(pause)
-            try:
-                # The next attempt, or the next run, continues the file.
-                fetch(url, path + '.part')
-                os.replace(path + '.part', path)
-                return path
-            except (OSError, ValueError) as error:  # all errors of requests are among these
-                problem = f'could not download {url}: {error}'
-                print(problem, file=sys.stderr)
-    raise UserError(f'{problem}. Put the file at {path} yourself, or use --input=FILE.')
-
-
-def fetch(url, part):
-    """Append to the file `part` what is missing."""
     # Takes 0.1 s, and most runs download nothing.
     import requests
-    with open(part, 'ab') as file:
-        headers = {'Range': f'bytes={file.tell()}-', 'Accept-Encoding': 'identity'}
-        with requests.get(url, headers=headers, stream=True, timeout=SILENCE_S) as response:
-            # Nothing is missing.
-            if response.status_code == 416:
-                return
+    try:
+        # What a run before left is continued.
+        with open(f'{path}.part', 'ab') as file:
+            headers = {'Range': f'bytes={file.tell()}-', 'Accept-Encoding': 'identity'}
+            response = requests.get(url, headers=headers, stream=True, timeout=30)
             response.raise_for_status()
-            # The server begins again.
             if response.status_code != 206:
-                file.truncate(0)
-            size = int(response.headers.get('Content-Length', 0))
-            with Bar(desc=part, total=size, unit='B', unit_scale=True) as bar:
-                for block in response.iter_content(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
+                file.truncate(0)  # the server begins again
+            for block in Bar(response.iter_content(1 << 20), path, unit=' MB'):
+                file.write(block)
+        os.replace(f'{path}.part', path)
+    except OSError as error:  # all errors of requests are among these
+        raise UserError(f'could not download {url}: {error}. Run this again to go on, or put the '
+                        f'file at {path} yourself.') from None
+    return path
 
 
 def split_by_hash(key, seed, **shares):
@@ -172,10 +128,7 @@ class Example(NamedTuple):
     drop: str = ''  # why it is left out
     ids: bytes = b''  # uint16
     mask: bytes = b''
-    n_answers: int = 0  # that are learned, one that is cut among them
-    n_cut: int = 0  # 1 if the last of these has no end
-    n_lost: int = 0  # answers that are not learned because they are too long
-    n_tokens_lost: int = 0  # supervised ones, of the answers that are cut or lost
+    n_lost: int = 0  # tokens of answers that do not fit
 
 
 def start(*arguments):
@@ -183,8 +136,8 @@ def start(*arguments):
     global encoder
     encoder = arguments
     encoder[0].remember()
-    if parent_process():  # this is a worker
-        # The main process sees to Ctrl-C.
+    if parent_process():
+        # This is a worker. The main process sees to Ctrl-C.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -200,45 +153,22 @@ def encode(example):
     if example.drop or example.ids:
         return example
     try:
-        ids, mask, n_lost = conversation.encode(example.turns, *encoder)
+        ids, mask, n_not_whole = conversation.encode(example.turns, *encoder)
     except UnicodeEncodeError:
         return example._replace(drop='half a surrogate pair')
     except ValueError as error:
         heading = 'heading' in str(error)
         return example._replace(drop='template heading' if heading else 'cannot be encoded')
-    example = count_answers(example, ids, mask, n_lost)
+    if n_not_whole:
+        _, whole, _ = conversation.encode(example.turns, *encoder[:2])
+        kept = [] if mask is None else mask
+        example = example._replace(n_lost=int(np.sum(whole) - np.sum(kept)))
     if ids is None:
         return example._replace(drop='too long')
     if parent_process():
         # Sending them takes time, and nobody needs them.
         example = example._replace(turns=[])
     return example._replace(ids=ids.tobytes(), mask=mask.tobytes())
-
-
-def count_answers(example, ids, mask, n_not_whole):
-    """The example with the turns that are learned, even in part, and its counts of answers."""
-    turns = example.turns
-    n_kept = len(turns) - n_not_whole
-    n_cut = 0
-    n_tokens_lost = 0
-    if n_not_whole:
-        # Users and assistants take turns: a first turn that is not whole is an answer only if
-        # its question is whole, and then a part of it is there.
-        n_cut = int(ids is not None and turns[n_kept].role == 'assistant')
-        tokenizer, template = encoder[:2]
-        whole = conversation.encode(turns, tokenizer, template)[1]
-        n_tokens_lost = int(whole.sum())
-        if ids is not None:
-            n_tokens_lost -= int(mask.sum())
-    kept = turns[:n_kept + n_cut]
-    n_answers = count_supervised(kept)
-    n_lost = count_supervised(turns) - n_answers
-    return example._replace(turns=kept, n_answers=n_answers, n_cut=n_cut, n_lost=n_lost,
-                            n_tokens_lost=n_tokens_lost)
-
-
-def count_supervised(turns):
-    return sum(turn.role == 'assistant' and turn.supervised for turn in turns)
 
 
 def encode_all(examples, config, n_bytes=0):
@@ -257,83 +187,60 @@ def encode_all(examples, config, n_bytes=0):
 
 
 def print_text(examples, config):
-    """Print the conversations as text. An answer that is cut is shown whole."""
+    """Print the conversations as text. One that is too long is shown whole."""
     for example in encode_all(examples, config):
         if example.turns and not example.drop:
             print(conversation.to_text(example.turns))
-        elif not example.drop:  # a piece of plain text
+        elif example.ids:  # a piece of plain text
             print(encoder[0].decode(np.frombuffer(example.ids, np.uint16)))
 
 
 def export(examples, source, config, folder, splits, recipe, **meta):
-    """Write the token files, print a table and the next command. meta: what else meta.json says."""
+    """Write the token files, print a table and the next command. meta: more for meta.json."""
     encoded = list(encode_all(examples, config, source.about['bytes']))
     kept = [example for example in encoded if not example.drop]
     dropped = Counter(example.drop for example in encoded if example.drop)
-    if not kept:
-        raise UserError(f'{source.path}: no conversation can be used. '
-                        f'Dropped: {dict(dropped)}. Seen: {dict(source.counts)}')
     if all(example.split != 'train' for example in kept):
-        raise UserError(f'{source.path}: none of the {len(kept)} conversations is for train. '
-                        'Put fewer aside, such as --val_fraction=0')
+        raise UserError(f'{source.path}: no conversation can be used for training. Dropped: '
+                        f'{dict(dropped)}. Put aside: {len(kept)}. Found: {dict(source.counts)}')
     kept.sort(key=lambda example: example.key)
     files = {split: [] for split in splits}
     for example in kept:
         ids = np.frombuffer(example.ids, np.uint16)
         mask = np.frombuffer(example.mask, np.uint8)
         files[example.split].append((ids, mask))
-    answers = {'learned': sum(example.n_answers for example in encoded),
-               'cut': sum(example.n_cut for example in encoded),
-               'lost': sum(example.n_lost for example in encoded),
-               'tokens_lost': sum(example.n_tokens_lost for example in encoded)}
-    options = dataclasses.asdict(config)
-    for key in ('source', 'input', 'out_dir', 'report', 'stdout'):
-        options.pop(key, None)
-    languages = Counter(example.language for example in kept if example.language)
+    # Nobody else is to see where a file lay on this machine.
+    options = dataclasses.asdict(config) | {'input': '', 'out_dir': ''}
     meta |= {'source': source.about, 'template': config.template,
              'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,
              'seen': len(encoded), 'kept': len(kept), 'dropped': dropped,
-             'truncated': sum(example.n_tokens_lost > 0 for example in kept),
-             'answers': answers,
-             'languages': dict(sorted(languages.items())),
+             'truncated': sum(example.n_lost > 0 for example in kept),
+             'answer_tokens_lost': sum(example.n_lost for example in encoded),
+             'languages': Counter(example.language for example in kept if example.language),
              'counts': source.counts, 'broken_lines': len(source.broken)}
     meta = tokenfile.write(folder, files, meta)
-    print_table(meta, meta['splits'])
-    if config.report:
-        sys.stdout.flush()
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'report.py')
-        if subprocess.run([sys.executable, script, f'--folder={folder}']).returncode:
-            raise UserError('the token files are complete, but not the page about them')
-    print(f'wrote {folder}. Next: {next_command(recipe, folder)}')
-
-
-def print_table(meta, splits):
-    rows = {**meta['counts'], 'broken records': meta['broken_lines'],
-            'conversations seen': meta['seen'], '  kept': meta['kept'],
-            '  dropped': meta['seen'] - meta['kept']}
-    for reason, n in meta['dropped'].items():
-        rows[f'    {reason}'] = n
-    answers = meta['answers']
-    if answers['learned']:  # plain text has none
-        n_lost = answers['tokens_lost']
-        n_tokens = n_lost + sum(counts['supervised_tokens'] for counts in splits.values())
-        rows['answers learned'] = answers['learned']
-        rows['  too long, cut'] = answers['cut']
-        rows['answers too long, lost'] = answers['lost']
-        rows[f'answer tokens lost, {n_lost / n_tokens:.1%}'] = n_lost
+    rows = {**source.counts, 'broken records': len(source.broken),
+            'conversations seen': len(encoded), '  kept': len(kept)}
+    for reason, n in dropped.items():
+        rows[f'  dropped: {reason}'] = n
+    rows['answer tokens too long, lost'] = meta['answer_tokens_lost']
     for name, n in rows.items():
         print(f'{name:<28}{n:>12,}')
-    for name, counts in splits.items():
-        share = counts['supervised_tokens'] / max(1, counts['tokens'])
-        print(f"{name:<10}{counts['conversations']:>9,} conversations"
-              f"{counts['tokens']:>12,} tokens, {share:.1%} supervised")
-
-
-def next_command(recipe, folder):
-    """The command that trains on the folder."""
+    for name, n in meta['splits'].items():
+        print(f"{name:<10}{n['conversations']:>9,} conversations{n['tokens']:>12,} tokens, "
+              f"{n['supervised_tokens']:,} supervised")
+    if config.report:
+        script = os.path.join(REPOSITORY, 'data', 'report.py')
+        subprocess.run([sys.executable, script, f'--folder={folder}'])
     data_dir, name = os.path.split(os.path.relpath(folder))
-    command = ['python', 'train.py', recipe]
+    command = f'python train.py {recipe} --dataset={name} --out_dir=out/{name}'
     if data_dir != 'data':
-        command.append(f'--data_dir={data_dir or "."}')
-    command += [f'--dataset={name}', f'--out_dir=out/{name}']
-    return shlex.join(command)
+        command += f' --data_dir={data_dir or "."}'
+    print(f'wrote {folder}. Next: {command}')
+
+
+def count_unused(record, used, counts):
+    """Count the columns of a record that hold something and that nobody reads, by name."""
+    for name, value in record.items():
+        if name not in used and value not in ('', None, [], {}):
+            counts[f'  not used: {name[:40]!r}'] += 1

@@ -4,13 +4,12 @@
     python data/oasst/prepare.py --stdout | head         # the conversations as text, to look at
     python data/oasst/prepare.py --input=trees.jsonl.gz --turns=all --lang=en,de
 
-Reads both published forms: message trees, and flat messages that name their parents.
 Source: Köpf et al. 2023, https://arxiv.org/abs/2304.07327
 """
 import os
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -55,158 +54,88 @@ class Config:
     seed: Seed = 1337           # decides which trees those are
 
 
-@dataclass(slots=True)
-class Message:
-    above: 'Message'  # None for the root
-    role: str
-    text: str
-    lang: str
-    drop: str = ''  # why it is left out
-    blocked: str = ''  # why no thread goes through it: its own drop, or that of one above
-    n_usable: int = 0  # replies that are not left out
-    followed: bool = False  # by an answer, at any depth
-    answered: bool = False  # by an answer that is used
-    learned: bool = False  # an answer is supervised once, in the first thread that has it
+def why_left_out(message, before, config):
+    """Return why a message is left out, or ''. before: the role of the message above."""
+    if message.get('deleted'):
+        return 'deleted'
+    # It is null before the review.
+    if message.get('review_result') is False:
+        return 'review_result'
+    if not message['text'].strip():
+        return 'empty text'
+    if config.lang != 'all' and message.get('lang') not in config.lang.replace(' ', '').split(','):
+        return 'language'
+    if message.get('synthetic') and not config.synthetic:
+        return 'synthetic'
+    if message['role'] == before:
+        return 'roles'
+    return ''
 
 
-def read_message(record, above, config):
-    """Return the Message of a record. Raises an exception if it is not one."""
-    text = record.get('text')
-    role = ROLES.get(record.get('role'))
-    if not isinstance(text, str) or not role:
-        raise ValueError(f'expected a message with text and role, found {str(record)[:60]!r}')
-    message = Message(above, role, text, str(record.get('lang') or ''))
-    # A value that is missing may also be null or, from pandas, NaN.
-    if record.get('deleted') is True:
-        message.drop = 'deleted'
-    elif record.get('review_result') is False:
-        message.drop = 'review_result'
-    elif not text.strip():
-        message.drop = 'empty text'
-    elif config.lang != 'all' and message.lang not in config.lang.replace(' ', '').split(','):
-        message.drop = 'language'
-    elif record.get('synthetic') is True and not config.synthetic:
-        message.drop = 'synthetic'
-    elif role == (above.role if above else 'assistant'):
-        message.drop = 'roles'
-    elif above:
-        above.n_usable += 1
-        if 0 < config.top_k < above.n_usable:
-            message.drop = 'top_k'
-    message.blocked = (above and above.blocked) or message.drop
-    return message
-
-
-def by_rank(record):
+def by_rank(message):
     """Sort replies by rank. 0 is the best; those without a rank come last."""
-    rank = record.get('rank')
-    if not isinstance(rank, (int, float)) or rank != rank:
-        rank = float('inf')
-    return rank, str(record.get('message_id'))
+    rank = message.get('rank')
+    return rank is None, rank, message.get('message_id')
 
 
-def read_tree(root, config):
-    """Return the Messages of a tree, each before its replies, the best reply first."""
-    messages = []
-    waiting = [(root, None)]
-    # No recursion, for threads can be long.
-    while waiting:
-        record, above = waiting.pop()
-        message = read_message(record, above, config)
-        messages.append(message)
-        replies = sorted(record.get('replies') or [], key=by_rank)
-        waiting += [(reply, message) for reply in reversed(replies)]
-    return messages
-
-
-def find_threads(messages):
-    """Yield (turns, why it is dropped) for each thread of a tree.
+def find_threads(message, config, above=(), blocked=''):
+    """Return [(messages, why it is dropped)] of the threads that go through a message.
 
     A thread leads from the root to an assistant message that no other one follows. If it meets
     a message that is left out, it ends with the answer above, unless another thread has that.
+    above: the messages from the root to here. blocked: why one of them, or this, is left out.
     """
-    for message in reversed(messages[1:]):
-        is_answer = message.role == 'assistant'
-        message.above.followed |= is_answer or message.followed
-        if not message.blocked:
-            message.above.answered |= is_answer or message.answered
-    ends = [m for m in messages if m.role == 'assistant' and not m.followed]
-    for end in ends:
-        message = end
-        while message and (message.blocked or message.role == 'user'):
-            message = message.above
-        if not message or message.answered or message.learned:
-            yield [], end.blocked
-            continue
-        turns = []
-        while message:
-            turns.append(Turn(message.role, message.text, supervised=not message.learned))
-            message.learned = True
-            message = message.above
-        yield turns[::-1], ''
+    found = []
+    thread = [*above, message]
+    n_usable = 0
+    replies = sorted(message.get('replies') or [], key=by_rank)
+    if config.turns == 'first' and above:
+        replies = []
+    for reply in replies:
+        drop = why_left_out(reply, message['role'], config)
+        n_usable += not drop
+        if not drop and 0 < config.top_k < n_usable:
+            drop = 'top_k'
+        found += find_threads(reply, config, thread, blocked or drop)
+    if ROLES[message['role']] == 'assistant' and all(drop for _, drop in found):
+        if not blocked:
+            # The first of the threads that are left out below ends here.
+            found[:1] = [(thread, '')]
+        elif not found:
+            found = [([], blocked)]
+    return found
 
 
-def make_examples(tree, messages, counts, config):
-    """Yield the Examples of a tree."""
-    key = str(tree.get('message_tree_id') or tree['prompt'].get('message_id') or messages[0].text)
+def read_tree(tree, config):
+    """Return the Examples of a tree. An answer is supervised once, in its first thread."""
+    root = tree['prompt']
+    key = str(tree['message_tree_id'])
     split = common.split_by_hash(key, config.seed, val=config.val_fraction)
-    counts.update(trees=1, messages=len(messages))
-    used = messages
-    if config.turns == 'first':
-        used = [m for m in messages if not m.above or not m.above.above]
-    for turns, drop in find_threads(used):
-        yield common.Example(key, split, turns, messages[0].lang, drop)
-    counts.update(f'messages left out: {m.drop}' for m in messages if m.drop)
-
-
-def nest(flat, counts):
-    """Return flat messages, which may be in any order, as trees."""
-    messages = {str(message.get('message_id')): message for message in flat}
-    replies = defaultdict(list)
-    for key, message in messages.items():
-        parent = message.get('parent_id')
-        replies[parent if isinstance(parent, str) else None].append(message)  # None: a root
-        message['replies'] = replies[key]
-    placed = list(replies[None])
-    for message in placed:
-        placed += message['replies']
-    if len(placed) < len(flat):
-        counts['messages without a root'] = len(flat) - len(placed)
-    return [{**root, 'prompt': root} for root in replies[None]]
-
-
-def read_examples(source, config):
-    """Yield the Examples of a file of trees or of flat messages."""
-    flat = []
-
-    def read(record):
-        if 'prompt' in record:
-            return record, read_tree(record['prompt'], config)
-        # Raises if it is none.
-        read_message(record, None, config)
-        return record, None
-
-    for record, messages in source.records(read):
-        if messages:
-            yield from make_examples(record, messages, source.counts, config)
-        else:
-            flat.append(record)
-    for tree in nest(flat, source.counts):
-        yield from make_examples(tree, read_tree(tree['prompt'], config), source.counts, config)
+    examples = []
+    learned = set()
+    blocked = why_left_out(root, 'assistant', config)
+    for thread, drop in find_threads(root, config, blocked=blocked):
+        turns = []
+        for message in thread:
+            supervised = id(message) not in learned
+            turns.append(Turn(ROLES[message['role']], message['text'], supervised=supervised))
+            learned.add(id(message))
+        examples.append(common.Example(key, split, turns, root.get('lang') or '', drop))
+    return examples
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
-    examples = read_examples(source, config)
+    expected = "Expected OpenAssistant's message trees, one JSON object a line."
+    trees = source.records(lambda tree: read_tree(tree, config), expected=expected)
+    examples = chain.from_iterable(trees)
     if config.stdout:
         common.print_text(examples, config)
         return
-    recipe = common.OWN_DATA
-    if source.about['name'] in SOURCES:
-        recipe = 'config/finetune_oasst.py'
-        if config.max_tokens <= 513:
-            recipe = 'config/finetune_oasst_cpu.py'
+    recipe = 'config/finetune_oasst.py'
+    if config.max_tokens <= 513:
+        recipe = 'config/finetune_oasst_cpu.py'
     common.export(examples, source, config, config.out_dir or HERE, ['train', 'val'], recipe,
                   split_rule='hash of the tree id')
 

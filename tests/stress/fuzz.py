@@ -176,9 +176,6 @@ def make_oasst():
     for name in 'uvw':
         prompt = message(name, 'prompter', answer)
         records.append({'message_tree_id': name, 'prompt': prompt})
-    for name, role, parent in (('b', 'assistant', 'a'), ('a', 'prompter', None),
-                               ('e', 'assistant', 'f'), ('f', 'assistant', 'e')):  # a cycle
-        records.append(message(name, role) | {'parent_id': parent, 'message_tree_id': 'a'})
     write('source', '\n'.join(map(json.dumps, records)))
 
 
