@@ -220,15 +220,17 @@ def export(examples, source, config, folder, splits, recipe, **meta):
              'counts': source.counts, 'broken_lines': len(source.broken)}
     meta = tokenfile.write(folder, files, meta)
     rows = {**source.counts, 'broken records': len(source.broken),
-            'conversations seen': len(encoded), '  kept': len(kept)}
+            'conversations seen': len(encoded), '  kept': len(kept),
+            '  of these, truncated': meta['truncated']}
     for reason, n in dropped.items():
         rows[f'  dropped: {reason}'] = n
     rows['answer tokens too long, lost'] = meta['answer_tokens_lost']
     for name, n in rows.items():
         print(f'{name:<28}{n:>12,}')
     for name, n in meta['splits'].items():
+        share = n['supervised_tokens'] / max(1, n['tokens'])
         print(f"{name:<10}{n['conversations']:>9,} conversations{n['tokens']:>12,} tokens, "
-              f"{n['supervised_tokens']:,} supervised")
+              f"{share:.1%} supervised")
     if config.report:
         script = os.path.join(REPOSITORY, 'data', 'report.py')
         subprocess.run([sys.executable, script, f'--folder={folder}'])

@@ -138,7 +138,7 @@ def test_first_in_gpt2s_ids(gpt2, real_trees, tmp_path, capsys):
     assert meta['splits']['train']['sha256'].startswith('cf0a101fd05b')
     output = capsys.readouterr().out
     assert 'answer tokens too long, lost       3,580\n' in output
-    assert 'train           312 conversations      76,894 tokens, ' in output
+    assert 'train           312 conversations      76,894 tokens, 80.9% supervised' in output
     split = tokenfile.Split([str(tmp_path)], 'train')
     assert rows.Rows(split, 1024).n_rows == 75 == -(-(76_894 - 312) // 1024)
     prepare.main([f'--input={real_trees}', f'--out_dir={tmp_path}', '--too_long=drop'])
@@ -318,8 +318,9 @@ def test_what_it_prints(run, tmp_path, monkeypatch, max_tokens, recipe):
     meta = run([tree(M('q', M('a'), M('b', deleted=True)))], '--val_fraction=0',
                f'--max_tokens={max_tokens}', out='data/mine')
     table = [' '.join(line.split()) for line in meta['output'].splitlines()]
-    assert table[:5] == ['broken records 0', 'conversations seen 2', 'kept 1',
-                         'dropped: deleted 1', 'answer tokens too long, lost 0']
+    assert table[:6] == ['broken records 0', 'conversations seen 2', 'kept 1',
+                         'of these, truncated 0', 'dropped: deleted 1',
+                         'answer tokens too long, lost 0']
     assert table[-1].endswith(f'Next: python train.py {recipe} --dataset=mine '
                               '--out_dir=out/mine') and not meta['errors']
 
