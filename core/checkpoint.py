@@ -5,14 +5,14 @@
 out_dir/ckpt.pt is the last state of a run, out_dir/best.pt the one with the lowest val_loss,
 without what only resuming needs. Nothing in a checkpoint can run code.
 """
-import glob
 import os
 from dataclasses import dataclass, fields
-from typing import Annotated, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from configurator import Natural, NonNegative, Range, UserError, accept, checked
+from configurator import UserError
 from core import pretrained
 from core import tokenizer as tokenizers
 from core.conversation import TEMPLATES
@@ -30,27 +30,26 @@ class Checkpoint:
     template: str
     tokenizer: dict  # Tokenizer.state()
     config: dict  # the run's
-    step: Natural  # optimizer steps taken
-    val_loss: NonNegative | None  # at this step, nats per supervised token
+    step: int  # optimizer steps taken
+    val_loss: float | None  # at this step, nats per supervised token
     data: list | None = None  # a fingerprint of each data set
     origin: dict | None = None  # what the run began with, and where its data came from
-    seconds: Annotated[float, Range(0, 1e10)] = 0.0  # spent in steps
-    evaluated_at: Natural | None = None  # step of the last evaluation
-    best: NonNegative | None = None  # lowest val_loss so far
-    n_worse: Natural = 0  # evaluations since then
+    seconds: float = 0.0  # spent in steps
+    evaluated_at: int | None = None  # step of the last evaluation
+    best: float | None = None  # lowest val_loss so far
+    n_worse: int = 0  # evaluations since then
     interval: tuple = (0.0, 0)  # summed loss and tokens since the last line of the log
     # Only in ckpt.pt:
     optimizer: dict | None = None
     scaler: dict | None = None
-    conditions: dict | None = None  # what decides the bits of later steps, see train.py
-    format_version: Natural = FORMAT_VERSION
+    conditions: dict | None = None  # what decides the bits of later steps, see core/trainer.py
+    format_version: int = FORMAT_VERSION
 
 
 def save(checkpoint, path):
     """Write the Checkpoint to path: whole, or not at all."""
-    contents = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     with write_whole(path, 'wb') as file:
-        torch.save(contents, file)
+        torch.save(vars(checkpoint), file)
 
 
 def load(path):
@@ -58,17 +57,20 @@ def load(path):
     with reading(path, 'Expected a checkpoint. Train one: python train.py '
                        'config/finetune_oasst.py, or name its folder: --out_dir=FOLDER'):
         contents = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        if 'format_version' not in contents and 'iter_num' in contents:
+        if 'iter_num' in contents:
             raise UserError(f"{path} is nanoGPT's. Convert it: python formats/nanogpt.py "
                             f'--input={path} --out=FOLDER, then use --init_from=FOLDER.')
         if contents['format_version'] != FORMAT_VERSION:
             raise UserError(f'{path} has format {contents["format_version"]!r}; this code reads '
                             f'{FORMAT_VERSION}. Use it with the code that wrote it.')
-        if contents.get('best') == float('inf'):
-            contents['best'] = None  # as earlier versions saved a run without val_loss
-        known = {field.name for field in fields(Checkpoint)}
+        values = {}
         # Other keys are ignored: an older version of this code may have written them.
-        return checked(Checkpoint, {key: contents[key] for key in contents if key in known})
+        for field in fields(Checkpoint):
+            value = contents.get(field.name, field.default)
+            if not isinstance(value, field.type):
+                raise ValueError(f'{field.name} is {str(value)[:60]!r}, not {field.type}')
+            values[field.name] = value
+        return Checkpoint(**values)
 
 
 def find(out_dir, names=('ckpt.pt',)):
@@ -78,18 +80,13 @@ def find(out_dir, names=('ckpt.pt',)):
     """
     found = []
     for name in names:
-        found += glob.glob(os.path.join(glob.escape(out_dir), name))
-        found += glob.glob(os.path.join(glob.escape(out_dir), '*', name))
+        found += Path(out_dir).glob(name)
+        found += Path(out_dir).glob(f'*/{name}')
     folder = out_dir
     if found:
-        folder = os.path.dirname(max(found, key=os.path.getmtime))
-    return in_folder(folder, names) or os.path.join(folder, names[0])
-
-
-def in_folder(folder, names):
-    """The path of the first of these files that the folder has, or None."""
+        folder = max(found, key=os.path.getmtime).parent
     paths = [os.path.join(folder, name) for name in names]
-    return next(filter(os.path.exists, paths), None)
+    return next(filter(os.path.exists, paths), paths[0])
 
 
 # ---- resuming ----
@@ -123,26 +120,14 @@ def check_resume(checkpoint, path, config, data):
 def restore(checkpoint, path, optimizer, scaler):
     """Give the optimizer and the scaler their saved state. UserError if it does not fit."""
     with reading(path, NEW_RUN):
-        for moments in checkpoint.optimizer['state'].values():
-            pretrained.check_tensors(moments)
         # Settings such as the learning rate come from the configuration, not from the file.
         groups = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
-        # Before its first step AdamW has no moments at all.
-        has_moments = len(optimizer.state) > 0
-        for group in optimizer.param_groups:
-            for p in group['params']:
-                shapes = {key: moment.shape for key, moment in optimizer.state[p].items()}
-                expected = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
-                if has_moments and shapes != expected:
-                    raise ValueError("the optimizer's state does not fit the model")
-        loss_sum, n_tokens = checkpoint.interval
-        accept(loss_sum, NonNegative)
-        accept(n_tokens, Natural)
+        for p, moments in optimizer.state.items():
+            if moments['exp_avg'].shape != p.shape:
+                raise ValueError("the optimizer's state does not fit the model")
         # The saved state is empty if the run was not in float16.
         if scaler.is_enabled() and checkpoint.scaler:
-            for value in checkpoint.scaler.values():
-                accept(value, NonNegative)
             scaler.load_state_dict(checkpoint.scaler)
 
 
@@ -162,15 +147,11 @@ def open_checkpoint(path):
     """The Opened model of the checkpoint at path."""
     saved = load(path)
     with reading(path, 'Its parts do not fit together.'):
-        model = pretrained.empty_model(saved.model_args, saved.model)
-        pretrained.check_tensors(saved.model)
-        weights = {name: tensor.float() for name, tensor in saved.model.items()}
-        model.load_state_dict(weights, assign=True)
+        model = pretrained.empty_model(saved.model_args)
+        model.load_state_dict(saved.model, assign=True)
         tokenizer = tokenizers.from_state(saved.tokenizer)
-        if tokenizer.vocab_size != model.config.vocab_size:
-            raise ValueError('the size of the vocabulary')
-        if TEMPLATES[saved.template].tags and not tokenizer.tags:
-            raise ValueError('the template needs tags, the vocabulary has none')
+        if saved.template not in TEMPLATES:
+            raise ValueError(f'it has the template {saved.template!r}')
     description = f'{path} (step {saved.step})'
     if saved.val_loss is not None:
         description = f'{path} (step {saved.step}, val_loss {saved.val_loss:.4f})'
@@ -194,30 +175,23 @@ def open_pretrained(name, vocabulary):
         # Rows that no token stands for: padding.
         model.set_embedding(model.transformer.wte.weight[:tokenizer.vocab_size])
     template = config.get('conversation_template')
-    if template is not None:
-        if str(template) not in TEMPLATES:
-            raise UserError(f'{name}/config.json has conversation_template={template!r}; known '
-                            f'are {", ".join(TEMPLATES)}.')
-        if TEMPLATES[template].tags and not tokenizer.tags:
-            raise UserError(f'{name}/config.json has conversation_template={template!r}, but its '
-                            'vocabulary lacks the tags. Remove the key, and use --template.')
+    if template and template not in TEMPLATES:
+        raise UserError(f'{name}/config.json has conversation_template={template!r}; known are '
+                        f'{", ".join(TEMPLATES)}.')
     return Opened(model, tokenizer, template, name, None, folder)
 
 
 def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
-    """An Opened model: 'resume' (a run under out_dir), a folder, or a hub name.
+    """An Opened model: 'resume' (the run saved last under out_dir), a folder, or a hub name.
 
     which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the data to
     train on, which must be the model's. tags: the model is to know the six tags. If it does not,
     they are added.
     """
     names = ('ckpt.pt', 'best.pt') if which == 'last' else ('best.pt', 'ckpt.pt')
-    if init_from == 'resume':
-        path = find(out_dir, names)
-    else:
-        path = in_folder(init_from, names)
-    # A folder with a checkpoint of ours, or anything in transformers' form.
-    if path:
+    path = find(out_dir if init_from == 'resume' else init_from, names)
+    # A checkpoint of ours, or anything in transformers' form.
+    if init_from == 'resume' or os.path.exists(path):
         opened = open_checkpoint(path)
     else:
         opened = open_pretrained(init_from, vocabulary)

@@ -25,21 +25,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        path = self.path.strip('/').replace(f'resolve/{SHA}/', '').replace('resolve/main/', '')
+        path = self.path.split('?')[0].strip('/')
         self.server.asked.append(path)
-        path = self.server.folder / path
-        if not path.is_file():
-            self.send_response(404)
-            self.send_header('X-Error-Code', 'EntryNotFound')
-            self.send_header('Content-Length', '0')
-            self.end_headers()
-            return
-        data = path.read_bytes()
-        announced = b'something else' if path.name in self.server.lies else data
+        headers = {'X-Repo-Commit': SHA}
+        if path.endswith('/revision/main'):
+            data = json.dumps({'id': 'x', 'sha': SHA}).encode()
+        elif path.startswith('api/models/'):
+            name = path.removeprefix('api/models/').removesuffix(f'/tree/{SHA}')
+            data = json.dumps([
+                {'type': 'file', 'path': file.name, 'size': file.stat().st_size, 'oid': 'f' * 40}
+                for file in (self.server.folder / name).iterdir()]).encode()
+        else:
+            file = self.server.folder / path.replace(f'/resolve/{SHA}', '')
+            data = file.read_bytes()
+            announced = b'something else' if file.name in self.server.lies else data
+            headers['ETag'] = f'"{hashlib.sha256(announced).hexdigest()}"'
         self.send_response(200)
-        self.send_header('ETag', f'"{hashlib.sha256(announced).hexdigest()}"')
-        self.send_header('X-Repo-Commit', SHA)
-        self.send_header('Content-Length', str(len(data)))
+        for key, value in {**headers, 'Content-Length': len(data)}.items():
+            self.send_header(key, str(value))
         self.end_headers()
         if self.command == 'GET':
             self.wfile.write(data)
@@ -80,17 +83,18 @@ def save_model(folder, vocab_size=50257, **options):
 
 
 @pytest.mark.parametrize('name', ['distilgpt2', 'microsoft/DialoGPT-small'])
-def test_a_model_is_downloaded_once_and_then_opened_from_the_cache(server, gpt2, name):
+def test_a_model_is_downloaded_once_and_then_opened_without_network(server, gpt2, name):
+    """Of safetensors and pickled weights only the former are fetched, if there are both."""
     folder = server.folder / name
     model = save_model(folder)
-    if '/' in name:  # these have only pickled weights
-        torch.save(model.state_dict(), folder / 'pytorch_model.bin')
+    torch.save(model.state_dict(), folder / 'pytorch_model.bin')
+    if '/' in name:
         (folder / 'model.safetensors').unlink()
     first = checkpoint.open_model(name)
-    assert server.asked[0] == f'{name}/config.json'
-    server.asked.clear()
+    assert ('/pytorch_model.bin' in str(server.asked)) == ('/' in name)
+    server.shutdown()
+    server.server_close()
     second = checkpoint.open_model(name)
-    assert server.asked == []
     for opened in (first, second):
         wte = opened.model.transformer.wte.weight[:50257]
         assert torch.equal(wte, model.transformer.wte.weight)
@@ -100,11 +104,10 @@ def test_a_model_is_downloaded_once_and_then_opened_from_the_cache(server, gpt2,
 def test_sample_asks_for_files_of_the_model_and_nothing_else(server, tmp_path, gpt2, script):
     save_model(server.folder / 'distilgpt2')
     env = os.environ | {'HF_ENDPOINT': server.address, 'HF_HOME': str(tmp_path / 'home')}
-    env.pop('HF_HUB_OFFLINE', None)
     done = script('sample.py', '--init_from=distilgpt2', '--start=Hi', '--device=cpu',
                   '--max_new_tokens=2', env=env)
     assert done.returncode == 0 and done.stdout.startswith('Hi'), done.stderr
-    assert {path.split('/')[0] for path in server.asked} == {'distilgpt2'}, server.asked
+    assert all('distilgpt2' in path for path in server.asked), server.asked
 
 
 def test_shards_and_a_vocabulary_of_its_own_are_downloaded(server, vocabulary, small):
@@ -116,42 +119,33 @@ def test_shards_and_a_vocabulary_of_its_own_are_downloaded(server, vocabulary, s
         (folder / 'tokenizer.json').write_bytes(file.read())
     opened = checkpoint.open_model('me/mine')
     assert opened.tokenizer.sha256 == small.sha256
-    theirs = model.state_dict()
-    for name, p in opened.model.state_dict().items():
-        if name.endswith('.bias') or '.ln_' in name or 'wpe' in name:  # others change their shape
-            assert torch.equal(p, theirs[name]), name
+    assert torch.equal(opened.model.transformer.wpe.weight, model.transformer.wpe.weight)
 
 
 def test_another_architecture_is_refused_before_its_weights_are_asked_for(server):
     folder = server.folder / 'meta' / 'llama'
     folder.mkdir(parents=True)
     (folder / 'config.json').write_text(json.dumps({'model_type': 'llama', 'hidden_size': 64}))
+    (folder / 'model.safetensors').write_bytes(b'weights')
     with pytest.raises(UserError, match="model_type='llama'; this code computes GPT-2s"):
         checkpoint.open_model('meta/llama')
-    assert set(server.asked) == {'meta/llama/config.json'}
+    assert 'config.json' in str(server.asked) and 'model.safetensors' not in str(server.asked)
 
 
-def test_a_file_that_is_not_what_the_hub_announced_is_deleted(server, gpt2, tmp_path):
+def test_a_file_that_is_not_what_the_hub_announced_is_deleted(server, gpt2):
     save_model(server.folder / 'gpt2')
     server.lies = ['model.safetensors']
     for _ in range(2):  # it is not left in the cache
-        with pytest.raises(UserError, match='gpt2: model.safetensors arrived with sha256'):
+        with pytest.raises(UserError, match='model.safetensors is not the file that the hub'):
             checkpoint.open_model('gpt2')
     server.lies = []
     checkpoint.open_model('gpt2')
 
 
-def test_a_name_that_the_hub_lacks_is_a_line(server):
-    with pytest.raises(UserError, match='nobody/nothing is not a folder here.*Check the name'):
-        checkpoint.open_model('nobody/nothing')
-
-
-def test_offline_it_ends_within_seconds(server):
-    """The hub's own client would go on trying for a minute."""
+def test_without_network_it_ends_in_a_line_within_seconds(server):
     server.shutdown()
     server.server_close()
     started = time.monotonic()
     with pytest.raises(UserError, match='gpt2 is not a folder here.*the network') as error:
         checkpoint.open_model('gpt2')
-    assert '\n' not in str(error.value)
-    assert time.monotonic() - started < 8
+    assert '\n' not in str(error.value) and time.monotonic() - started < 8
