@@ -7,7 +7,6 @@ The folder holds the weights, the vocabulary, our template as a chat template, t
 answer, and a model card. apply_chat_template gives the ids of core/conversation.py, and
 --init_from=my-model reads it back.
 """
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ configurator.precheck(__name__, Config)
 import safetensors
 
 from core import checkpoint
-from core.files import flush, flush_folder, only_writer, reading
+from core.files import flush, flush_folder, only_writer
 from formats import card, folder, gguf
 
 FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
@@ -51,31 +50,25 @@ FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenize
 
 def check_free(out, overwrite):
     """UserError if there is something at out that must not be replaced."""
-    empty = os.path.isdir(out) and not os.listdir(out)
-    if empty or not os.path.lexists(out):
+    if not os.path.lexists(out):
         return
-    if not overwrite:
+    found = set(os.listdir(out)) if os.path.isdir(out) else {out}
+    if found and not overwrite:
         raise UserError(f'{out} is there already. Replace it with --overwrite=True, or write '
                         'elsewhere: --out=FOLDER')
-    expected = 'Only an export can be replaced. Write elsewhere: --out=FOLDER'
-    path = os.path.join(out, 'config.json')
-    with reading(path, expected):
-        others = sorted(set(os.listdir(out)) - FILES)
-        if others:
-            raise UserError(f'{out} holds {others[0]}, which no export wrote. {expected}')
-        with open(path, encoding='utf-8') as file:
-            if 'conversation_template' not in json.load(file):
-                raise ValueError('it has no conversation_template')
+    if found - FILES:
+        raise UserError(f'{out} holds {min(found - FILES)}, which no export wrote. Only an export '
+                        'can be replaced. Write elsewhere: --out=FOLDER')
 
 
-def export(config, out, new):
+def export(config, new):
     """Write the export into the folder new, onto the disk; returns the Opened model."""
     opened = checkpoint.open_model(config.init_from, config.out_dir, config.which)
     if not opened.template:
         raise UserError(f'{opened.description} was never tuned here, so there is no template to '
                         'export. Tune it first: python train.py config/finetune_oasst.py')
     texts, weights = folder.contents(opened, config.dtype)
-    title = os.path.basename(os.path.abspath(out))
+    title = os.path.basename(os.path.abspath(config.out))
     texts['README.md'] = card.card(title, opened, config.dtype, config.report)
     folder.write(new, texts, weights)
     if config.gguf:
@@ -106,15 +99,14 @@ def main(argv):
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
             check_free(out, config.overwrite)
-            opened = export(config, out, new)
+            opened = export(config, new)
             # A kill between the two renames leaves the last export in old.
             if os.path.isdir(out):
                 os.rename(out, old)
             os.rename(new, out)
             flush_folder(os.path.dirname(os.path.abspath(out)))
         except (OSError, safetensors.SafetensorError) as error:
-            reason = getattr(error, 'strerror', None) or error
-            raise UserError(f'cannot write {out}: {reason}. Make room, or use '
+            raise UserError(f'cannot write {out}: {error}. Make room, or use '
                             '--out=FOLDER.') from None
         finally:
             put_back(old, out)

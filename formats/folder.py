@@ -22,9 +22,6 @@ from formats.chat_template import chat_template, tokenizer_json
 def to_transformers(model):
     """(config.json as a dict, {name: tensor}) that transformers' GPT2LMHeadModel loads."""
     c = model.config
-    gelu = 'gelu'
-    if c.gelu == 'tanh':
-        gelu = 'gelu_new'
     config = {
         'model_type': 'gpt2',
         'architectures': ['GPT2LMHeadModel'],
@@ -34,7 +31,7 @@ def to_transformers(model):
         'n_positions': c.block_size,
         'n_ctx': c.block_size,
         'vocab_size': c.vocab_size,
-        'activation_function': gelu,
+        'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
         'layer_norm_epsilon': 1e-5,
         'tie_word_embeddings': True,
     }
@@ -51,8 +48,8 @@ def to_transformers(model):
         # transformers has no GPT-2 without biases, but biases of zero compute the same.
         for name in list(weights):
             if not name.endswith(('wte.weight', 'wpe.weight')):
-                n_outputs = weights[name].shape[-1]
-                weights[name.removesuffix('weight') + 'bias'] = torch.zeros(n_outputs)
+                bias = torch.zeros(weights[name].shape[-1])
+                weights[name.removesuffix('weight') + 'bias'] = bias
     return config, weights
 
 
@@ -69,8 +66,7 @@ def contents(opened, dtype):
         'pad_token_id': tokenizer.end_of_text,
     }
     config, weights = to_transformers(opened.model)
-    config |= ids
-    config |= {
+    config |= ids | {
         'eos_token_id': tokenizer.special[eos],
         'dtype': dtype,
         'conversation_template': opened.template,  # our own key
@@ -82,7 +78,6 @@ def contents(opened, dtype):
         'eos_token_id': sorted(conversation.stop_ids(tokenizer, opened.template)),
         'max_new_tokens': min(256, window // 2),
     }
-    others = [piece for piece in tokenizer.special if piece not in (END_OF_TEXT, eos)]
     settings = {
         # No token_type_ids: transformers 4 would make them, and GPT-2 add them to its input.
         'model_input_names': ['input_ids', 'attention_mask'],
@@ -94,7 +89,8 @@ def contents(opened, dtype):
         'pad_token': END_OF_TEXT,
         'add_bos_token': False,
         'clean_up_tokenization_spaces': False,
-        'additional_special_tokens': others,
+        'additional_special_tokens': [
+            piece for piece in tokenizer.special if piece not in (END_OF_TEXT, eos)],
     }
     texts = {
         'config.json': as_json(config),
@@ -116,10 +112,11 @@ def as_json(value):
 def write(folder, texts, weights):
     """Write the files into a new folder."""
     os.mkdir(folder)
-    for name, text in texts.items():
-        with open(os.path.join(folder, name), 'w', encoding='utf-8', newline='\n') as file:
-            file.write(text)
     path = os.path.join(folder, 'model.safetensors')
     safetensors.torch.save_file(weights, path, {'format': 'pt'})
-    # safetensors makes a file that nobody else may read.
-    shutil.copymode(os.path.join(folder, 'config.json'), path)
+    for name, text in texts.items():
+        other = os.path.join(folder, name)
+        with open(other, 'w', encoding='utf-8', newline='\n') as file:
+            file.write(text)
+        # safetensors makes a file that nobody else may read.
+        shutil.copymode(other, path)

@@ -10,7 +10,6 @@ import os
 import sys
 from dataclasses import dataclass
 
-import safetensors.torch  # comes with transformers
 import torch
 import torch.nn.functional as F
 
@@ -19,10 +18,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import configurator
 from configurator import UserError
 from core import tokenizer as tokenizers
-from core.files import reading, write_whole
-from core.pretrained import check_tensors, empty_model
+from core.files import reading
+from core.pretrained import empty_model
 from formats.chat_template import tokenizer_json
-from formats.folder import as_json, to_transformers
+from formats.folder import as_json, to_transformers, write
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,21 @@ def convert(path, tags):
     """(GPT, Tokenizer) of nanoGPT's checkpoint at path."""
     with reading(path, "Expected a ckpt.pt of nanoGPT's train.py."):
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        weights = {}
-        for name, tensor in saved['model'].items():
-            # torch.compile adds the prefix; older versions kept a causal mask as attn.bias.
-            if not name.endswith('.attn.bias'):
-                weights[name.removeprefix('_orig_mod.')] = tensor
+        # torch.compile adds the prefix; older versions kept a causal mask as attn.bias.
+        weights = {name.removeprefix('_orig_mod.'): tensor
+                   for name, tensor in saved['model'].items() if not name.endswith('.attn.bias')}
+        del weights['lm_head.weight']  # tied to wte
         wte = weights['transformer.wte.weight']
-        head = weights.pop('lm_head.weight')
-        check_tensors(weights)
-        weights = {name: tensor.float() for name, tensor in weights.items()}
-        if not torch.equal(head, wte):
-            raise ValueError('its head is not tied to the embedding')
         if len(wte) not in (50257, 50304):
             raise ValueError(f"{len(wte)} tokens instead of GPT-2's 50257 or 50304")
+        tokenizer = tokenizers.load('gpt2', tags=tags and len(wte) == 50304)
         keys = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
         shape = {key: saved['model_args'][key] for key in keys}
-        tokenizer = tokenizers.load('gpt2', tags=tags and len(wte) == 50304)
-        shape |= {'vocab_size': tokenizer.vocab_size, 'gelu': 'none'}
-        model = empty_model(shape, weights)
+        model = empty_model(shape | {'vocab_size': tokenizer.vocab_size, 'gelu': 'none'})
+        # Rows that stand for no token are padding.
         wte = wte[:tokenizer.vocab_size]
         padding = model.config.padded_vocab_size - len(wte)
-        weights['transformer.wte.weight'] = F.pad(wte.float(), (0, 0, 0, padding))
+        weights['transformer.wte.weight'] = F.pad(wte, (0, 0, 0, padding))
         model.load_state_dict(weights, assign=True)
     return model, tokenizer
 
@@ -65,17 +58,12 @@ def main(argv):
     config = configurator.load(Config, argv)
     model, tokenizer = convert(config.input, config.tags)
     shape, weights = to_transformers(model)
+    # config.json comes last: without it the folder is not taken for a model.
+    texts = {'tokenizer.json': as_json(tokenizer_json(tokenizer)), 'config.json': as_json(shape)}
     try:
-        os.makedirs(config.out)
+        write(config.out, texts, weights)
     except OSError as error:
         raise UserError(f'cannot make {config.out}: {error.strerror}. Use --out=FOLDER.') from None
-    # config.json comes last: without it the folder is not taken for a model.
-    contents = {'model.safetensors': safetensors.torch.save(weights, {'format': 'pt'}),
-                'tokenizer.json': as_json(tokenizer_json(tokenizer)).encode(),
-                'config.json': as_json(shape).encode()}
-    for name in contents:
-        with write_whole(os.path.join(config.out, name), 'wb') as file:
-            file.write(contents[name])
     print(f'wrote {config.out}. Next: python sample.py --init_from={config.out} --start=Hi')
 
 

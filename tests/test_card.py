@@ -1,13 +1,10 @@
-"""The model card of an export: it says what the run knows, and nothing a file says can break it."""
+"""The model card of an export says what the run knows."""
 import dataclasses
 import json
 
 import pytest
 
-pytest.importorskip('hypothesis', reason='pip install -r requirements-test.txt')
 huggingface_hub = pytest.importorskip('huggingface_hub')
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import evaluate
 import train
@@ -68,15 +65,6 @@ def test_the_card_says_what_the_run_knows(run, text_of):
     assert 'learned to write all of it' in text_of(config={'loss_on': 'all'})
 
 
-def test_a_resumed_run_keeps_its_origin(run, tmp_path):
-    before = checkpoint.load(str(run / 'ckpt.pt'))
-    checkpoint.save(before, str(tmp_path / 'ckpt.pt'))
-    train.main([f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=3'])
-    after = checkpoint.load(str(tmp_path / 'ckpt.pt'))
-    assert after.step == 3 and after.origin == before.origin
-    assert [part['dataset'] for part in after.origin['data']] == ['talks', 'mine']
-
-
 @pytest.mark.parametrize('licences, front', [
     (['Apache-2.0'], 'apache-2.0'), (['MIT', 'MIT'], 'mit'), (['MIT', 'Apache-2.0'], 'other'),
     (['CC-BY-NC-4.0', None], 'other'), (['mine'], 'other'), ([None], None), ([], None)])
@@ -98,14 +86,6 @@ def test_what_it_began_with(text_of, begun, said, base):
     assert front_matter(text).get('base_model') == base
 
 
-def test_an_export_of_an_export_has_a_card_too(run):
-    opened = checkpoint.open_model(str(run))._replace(checkpoint=None)
-    text = card.card('x', opened, 'float32')
-    assert 'license' not in front_matter(text)
-    assert 'not known what the model was trained on' in text
-    assert 'not known how the model was trained' in text and 'None were given' in text
-
-
 def test_scores_of_a_report_are_those_of_this_model(run, text_of, tmp_path):
     evaluate.main([f'--models={run}', '--dataset=talks', f'--data_dir={run.parent / "data"}',
                    f'--out_dir={tmp_path}', '--device=cpu', '--max_new_tokens=4'])
@@ -114,59 +94,24 @@ def test_scores_of_a_report_are_those_of_this_model(run, text_of, tmp_path):
     result = json.loads(report.read_text())['models'][0]
     assert f"| loss on responses | {result['loss']:.4f} |" in text
     assert '| answers: stops by itself |' in text
-    for other in ({'description': 'out/best.pt (step 7, val_loss 1.0000)'}, {'folder': 'gpt2'}):
-        report.write_text(json.dumps({'models': [result | other]}))
-        with pytest.raises(UserError, match='is about .*, not about .* Run: python evaluate.py'):
-            text_of(report)
+    report.write_text(json.dumps({'models': [result | {'folder': 'gpt2'}]}))
+    with pytest.raises(UserError, match='is about .*, not about .* Run: python evaluate.py'):
+        text_of(report)
+    report.write_text('{}')
+    with pytest.raises(UserError, match='Expected the report.json of evaluate.py'):
+        text_of(report)
 
 
-@pytest.mark.parametrize('wrong', [
-    '', '[]', '{}', '{"models": 3}', '{"models": [3]}', '{"models": [{}]}',
-    '{"models": [{"folder": 3}]}', '[' * 100_000])
-def test_a_broken_report_is_a_line(text_of, tmp_path, wrong):
-    (tmp_path / 'report.json').write_text(wrong)
-    with pytest.raises(UserError, match='Expected the report.json of evaluate.py') as error:
-        text_of(tmp_path / 'report.json')
-    assert '\n' not in str(error.value)
+def test_markdown_in_a_name_is_shown_as_it_is(text_of):
+    data = [{'dataset': 'my_*data*', 'source': {'name': '<b>[x](y)|`'}}]
+    text = text_of(title='a_b', origin={'init_from': 'my_base', 'data': data})
+    assert '\n# a\\_b\n' in text and 'the weights of my\\_base.' in text
+    assert '- \\<b\\>\\[x\\](y)\\|\\`; licence' in text
 
 
-HOSTILE = ['---\nlicense: mit\n---', '\n# Forged\n', '<script>alert(1)</script>', '![x](http://x/y)',
-           '| a |', '`', '```', 'javascript:alert(1)', 'https://x/)](y', '\ud800', '\x85\u2028\x7f',
-           '@: - {[', '"\\', 'microsoft/x](javascript:1)', '{{ 1 }}']
-TEXTS = st.text(max_size=20) | st.sampled_from(HOSTILE)
-NUMBERS = st.none() | st.integers() | st.floats()
-SOURCES = st.dictionaries(st.sampled_from(['name', 'url', 'licence', 'sha256']), TEXTS)
-CONFIGS = st.dictionaries(TEXTS | st.just('learning_rate'), TEXTS | NUMBERS, max_size=3)
-
-
-def test_no_text_in_a_file_breaks_the_card(text_of):
-    known = {line for line in text_of().split('\n') if line.startswith('#')}
-
-    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
-    @given(SOURCES, TEXTS, NUMBERS, CONFIGS, st.floats(), TEXTS, TEXTS)
-    def check(source, dataset, tokens, config, val_loss, title, init_from):
-        data = [{'dataset': dataset, 'source': source, 'tokens': tokens}]
-        origin = {'init_from': init_from, 'data': data}
-        text = text_of(title=title, origin=origin, config=config, val_loss=val_loss)
-        text.encode()
-        front = front_matter(text)
-        assert set(front) <= {'library_name', 'pipeline_tag', 'license', 'base_model', 'datasets',
-                              'tags'}
-        assert front.get('license') in (None, 'other', *card.LICENCES)
-        lines = [line for line in text.split('\n') if not line.startswith('    ')]
-        assert lines.count('---') == 2
-        assert sum(line.startswith('# ') for line in lines) == 1
-        for line in lines:  # every heading is one of ours, and nothing is markup
-            assert line in known or not line.startswith('#') or line.startswith('# ')
-            assert '<script' not in line.replace('\\<', '') and '![' not in line.replace('\\[', '')
-            assert '](javascript' not in line.replace('\\]', '')
-    check()
-
-
-@pytest.mark.parametrize('origin', [
-    {'data': 3}, {'data': [3]}, {'data': [{'source': 3}]}, {'data': [{'source': {'url': 3}}]},
-    {'data': [{'source': {'licence': [1]}}]}, {'data': [{'tokens': 'x'}]}, {'init_from': ['x']}])
-def test_values_of_the_wrong_type_are_a_line(text_of, origin):
-    with pytest.raises(UserError, match='What it says about its origin is damaged') as error:
-        text_of(origin=origin)
-    assert '\n' not in str(error.value)
+def test_what_nobody_knows_is_said(run):
+    opened = checkpoint.open_model(str(run))._replace(checkpoint=None)
+    text = card.card('x', opened, 'float32')
+    assert 'license' not in front_matter(text)
+    assert 'not known what the model was trained on' in text
+    assert 'not known how the model was trained' in text and 'None were given' in text

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 import sample
 from configurator import UserError
+from conftest import Payload
 from core import checkpoint
 from core.tokenizer import Tokenizer
 from formats import nanogpt
 
-
-SHAPE = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'bias': True}
+SHAPE = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16}
 
 
 @pytest.fixture
@@ -20,7 +20,6 @@ def of_its_size(monkeypatch):
     """A vocabulary of as many tokens as GPT-2's: pairs of bytes, which is on every machine."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [bytes([i // 256, i % 256]) for i in range(50_000)]
-
     load = nanogpt.tokenizers.load
 
     def load_stand_in(name, tags=True):
@@ -44,9 +43,8 @@ def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
     state['lm_head.weight'] = state['transformer.wte.weight']
     saved = {prefix + name: p for name, p in state.items()}
     saved[f'{prefix}transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # of older versions
-    args = SHAPE | {'bias': bias, 'vocab_size': vocab_size, 'dropout': 0.0}
-    torch.save({'model': saved, 'optimizer': {'state': {}}, 'model_args': args, 'iter_num': 7,
-                'best_val_loss': torch.tensor(3.25), 'config': {}} | changes, path / 'ckpt.pt')
+    torch.save({'model': saved, 'model_args': SHAPE | {'bias': bias}, 'iter_num': 7} | changes,
+               path / 'ckpt.pt')
     return state
 
 
@@ -68,13 +66,12 @@ def logits(state, idx):
     return F.linear(norm('ln_f', x), state['lm_head.weight'])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('vocab_size, bias, prefix, tags', [
     (50304, True, '', True), (50304, False, '_orig_mod.', False), (50257, False, '', True)])
 def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix, tags):
     state = ckpt(tmp_path, vocab_size, bias, prefix)
     nanogpt.main([f'--input={tmp_path}/ckpt.pt', f'--out={tmp_path}/my', f'--tags={tags}'])
-    assert sorted(os.listdir(tmp_path / 'my')) == [
-        'config.json', 'model.safetensors', 'tokenizer.json']
     opened = checkpoint.open_model(str(tmp_path / 'my'))
     n = opened.tokenizer.vocab_size
     assert n == (50263 if vocab_size == 50304 and tags else 50257)
@@ -82,11 +79,10 @@ def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix
     assert opened.template is None and opened.model.config.gelu == 'none'
     idx = torch.cat([torch.tensor([[n - 1]]), torch.randint(0, n, (1, 14))], 1)
     expected = logits(state, idx)[..., :n]
-    with torch.no_grad():
-        assert (opened.model(idx) - expected).abs().max() < 1e-4
-        for block in opened.model.transformer.h:
-            block.gelu = 'tanh'  # the test can tell one GELU from the other
-        assert (opened.model(idx) - expected).abs().max() > 1e-4
+    assert (opened.model(idx) - expected).abs().max() < 1e-4
+    for block in opened.model.transformer.h:
+        block.gelu = 'tanh'  # the test can tell one GELU from the other
+    assert (opened.model(idx) - expected).abs().max() > 1e-4
 
 
 def test_the_command_of_the_error_leads_to_text(tmp_path, gpt2, script, capsys):
@@ -102,37 +98,9 @@ def test_the_command_of_the_error_leads_to_text(tmp_path, gpt2, script, capsys):
         nanogpt.main([f'--input={tmp_path}/ckpt.pt', f'--out={tmp_path}/my'])
 
 
-def test_a_checkpoint_says_which_gelu_it_needs(save_model, small, tmp_path):
-    path = os.path.join(save_model(tmp_path / 'out', small, gelu='none'), 'ckpt.pt')
-    assert checkpoint.open_model(str(tmp_path / 'out')).model.transformer.h[0].gelu == 'none'
-    saved = checkpoint.load(path)
-    del saved.model_args['gelu']  # from before there was a choice
-    checkpoint.save(saved, path)
-    assert checkpoint.open_model(str(tmp_path / 'out')).model.transformer.h[0].gelu == 'tanh'
-    for wrong in ('relu', 1, None):
-        saved.model_args['gelu'] = wrong
-        checkpoint.save(saved, path)
-        with pytest.raises(UserError, match='gelu: found .* do not fit together'):
-            checkpoint.open_model(str(tmp_path / 'out'))
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize('changes, said', [
     ({'vocab_size': 65}, "65 tokens instead of GPT-2's 50257 or 50304"),
-    ({'model': {}}, 'transformer.wte.weight'), ({'model': {1: 2}}, 'AttributeError'),
-    ({'model_args': SHAPE | {'n_layer': 10 ** 9}}, 'number of layers'),
-    ({'model_args': {}}, "KeyError 'n_layer'"),
-    ({'model': {'transformer.wte.weight': torch.zeros(50257, 8),
-                'lm_head.weight': torch.ones(50257, 8)}}, 'its head is not tied'),
+    ({'model': {}}, 'lm_head.weight'), ({'model_args': {}}, "KeyError 'n_layer'"),
     ({'config': Payload('ran')}, 'nanoGPT')])
 def test_one_that_cannot_be_converted_is_a_line(tmp_path, of_its_size, changes, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
