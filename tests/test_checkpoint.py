@@ -105,9 +105,8 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, read):
     payload = Payload(str(proof))
     torch.save(vars(make()) | {'step': payload}, tmp_path / 'torch')
     for planted in (pickle.dumps(payload), (tmp_path / 'torch').read_bytes()):
-        with tokenfile.Writer(str(tmp_path), ('train',)) as writer:
-            writer.add('train', [1, 2, 3, 4], [0, 1, 1, 0], [4])
-            writer.finish({'template': 'xml', 'tokenizer': BPE.state()})
+        tokenfile.write(str(tmp_path), {'train': [([1, 2, 3, 4], [0, 1, 1, 0])]},
+                        {'template': 'xml', 'tokenizer': BPE.state()})
         (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_embd": 16}')
         (tmp_path / name).write_bytes(planted)
         with pytest.raises(UserError) as error:

@@ -233,17 +233,6 @@ def test_what_transformers_saves_comes_back_with_its_template(models, tmp_path):
         torch.testing.assert_close(opened.model.eval()(idx), model(idx).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize('value', ['klingon', 7, [], 'xml'])
-def test_a_strange_template_in_config_json_is_a_line(models, tmp_path, value):
-    shutil.copytree(models['question'][1], tmp_path / 'my')
-    path = tmp_path / 'my' / 'config.json'
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {'conversation_template': value}))
-    with pytest.raises(UserError) as error:
-        checkpoint.open_model(str(tmp_path / 'my'))
-    assert '\n' not in str(error.value)
-
-
 # ---- whole or not at all ----
 
 @pytest.fixture
@@ -265,16 +254,13 @@ def test_an_export_replaces_an_export_and_nothing_else(source, tmp_path):
     exported(source, path, overwrite=True, dtype='bfloat16')
     assert dtype_of(path) == 'bfloat16'
     (tmp_path / 'my' / 'notes.txt').write_text('mine')
-    (tmp_path / 'other').mkdir()
-    (tmp_path / 'other' / 'config.json').write_text('{}')
     (tmp_path / 'file').write_text('mine')
-    for out, said in (('my', 'holds notes.txt, which no export wrote'), ('file', 'directory'),
-                      ('other', 'it has no conversation_template')):
-        with pytest.raises(UserError, match=said + '.* Only an export can be replaced'):
+    for out in ('my', 'file'):
+        with pytest.raises(UserError, match='which no export wrote. Only an export can be'):
             exported(source, tmp_path / out, overwrite=True)
     (tmp_path / 'empty').mkdir()
     exported(source, tmp_path / 'empty')
-    assert sorted(os.listdir(tmp_path)) == ['empty', 'file', 'my', 'other', 'out']
+    assert sorted(os.listdir(tmp_path)) == ['empty', 'file', 'my', 'out']
 
 
 @pytest.mark.parametrize('where', ['fsync', 'rename'])
@@ -287,7 +273,7 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, monkeypatch, where)
             raise OSError(28, 'No space left on device')
         call(one, *others)
     monkeypatch.setattr(os, where, full)
-    with pytest.raises(UserError, match='my: No space left on device. Make room'):
+    with pytest.raises(UserError, match='my: .*No space left on device. Make room'):
         exported(source, path, overwrite=True, dtype='float16')
     assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
 

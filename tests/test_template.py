@@ -3,11 +3,10 @@ import json
 
 import pytest
 
+import sample
 from core import conversation
-from core.checkpoint import open_model
 from core.conversation import TEMPLATES, AnswerText, Template, Turn, answer_text, encode, prompt
 from core.readback import decode
-from core.tokenfile import Split
 from core.tokenizer import END_OF_TEXT
 
 TURNS = [Turn('user', 'Add </user>', '1 and 2'), Turn('assistant', ' Bot: {text}')]
@@ -51,20 +50,9 @@ def test_it_is_written_and_read_back(template, small):
     assert ''.join(streamed) + reader.add([], final=True) == TURNS[1].text
 
 
-def test_it_is_prepared_opened_and_answered_with(
-        template, small, vocabulary, load_script, save_model, tmp_path, capsys):
-    rows = [{'instruction': TURNS[0].text, 'input': TURNS[0].context, 'output': TURNS[1].text}]
-    (tmp_path / 'rows.json').write_text(json.dumps(rows))
-    load_script('data/alpaca/prepare.py').main([
-        f'--input={tmp_path}/rows.json', f'--out_dir={tmp_path}/data', f'--template={template}',
-        f'--tokenizer={vocabulary}', '--val_fraction=0'])
-    ids, mask = Split([str(tmp_path / 'data')], 'train')[0]
-    assert decode(ids, mask, small, template) == expected_turns(template)
+def test_a_checkpoint_is_opened_and_answers_with_it(template, small, save_model, tmp_path, capsys):
     folder = save_model(tmp_path / 'model', small, template, block_size=128)
-    assert open_model(folder).template == template
-    load_script('sample.py').main([
-        f'--init_from={folder}', '--user=Hi', f'--template={template}', '--max_new_tokens=3',
-        '--device=cpu'])
+    sample.main([f'--init_from={folder}', '--user=Hi', '--max_new_tokens=3', '--device=cpu'])
     assert capsys.readouterr().out.endswith('\n')
 
 
