@@ -60,9 +60,10 @@ def load(path):
         if 'iter_num' in contents:
             raise UserError(f"{path} is nanoGPT's. Convert it: python formats/nanogpt.py "
                             f'--input={path} --out=FOLDER, then use --init_from=FOLDER.')
-        if contents['format_version'] != FORMAT_VERSION:
-            raise UserError(f'{path} has format {contents["format_version"]!r}; this code reads '
-                            f'{FORMAT_VERSION}. Use it with the code that wrote it.')
+        version = contents['format_version']
+        if version != FORMAT_VERSION:
+            raise UserError(f'{path} has format {version}; this code reads {FORMAT_VERSION}. '
+                            'Use it with the code that wrote it.')
         values = {}
         # Other keys are ignored: an older version of this code may have written them.
         for field in fields(Checkpoint):
@@ -74,19 +75,18 @@ def load(path):
 
 
 def find(out_dir, names=('ckpt.pt',)):
-    """The path of the checkpoint in the folder saved last: out_dir, or a folder in it.
+    """The path of the checkpoint of the run saved last, in out_dir or in a folder in it.
 
     names: file names, the preferred one first. Without any checkpoint: where it would be.
     """
-    found = []
-    for name in names:
-        found += Path(out_dir).glob(name)
-        found += Path(out_dir).glob(f'*/{name}')
-    folder = out_dir
-    if found:
-        folder = max(found, key=os.path.getmtime).parent
-    paths = [os.path.join(folder, name) for name in names]
-    return next(filter(os.path.exists, paths), paths[0])
+    folders = [Path(out_dir), *Path(out_dir).glob('*')]
+    found = [folder / name for folder in folders for name in names]
+    found = [path for path in found if path.exists()]
+    if not found:
+        return os.path.join(out_dir, names[0])
+    newest = max(found, key=os.path.getmtime)
+    # Of the two in its folder, the preferred one.
+    return str(next(path for path in found if path.parent == newest.parent))
 
 
 # ---- resuming ----
@@ -99,22 +99,17 @@ NEW_RUN = 'Start a new run with its weights: --init_from=FOLDER and another --ou
 
 
 def check_resume(checkpoint, path, config, data):
-    """UserError unless a run with this config, a dict, can go on from the Checkpoint at path.
-
-    data: the fingerprints of its data sets.
-    """
+    """UserError unless a run with this config, a dict, can go on from the Checkpoint at path."""
     if checkpoint.optimizer is None:
         raise UserError(f'{path} has no optimizer state; a best.pt never does. {NEW_RUN}')
     if checkpoint.data != data:
         raise UserError(f'{config["dataset"]} is not the data that {path} was trained on. '
                         f'Prepare it as it was. Or: {NEW_RUN}')
-    changed = []
     for key in FIXED_ON_RESUME:
-        if checkpoint.config.get(key) != config[key]:
-            changed.append(f'{key} was {checkpoint.config.get(key)!r}, now {config[key]!r}')
-    if changed:
-        raise UserError(f'{"; ".join(changed)}: that would be another run. Leave it as it was. '
-                        f'Or: {NEW_RUN}')
+        was = checkpoint.config.get(key)
+        if was != config[key]:
+            raise UserError(f'{key} was {was!r}, now {config[key]!r}: that would be another run. '
+                            f'Leave it as it was. Or: {NEW_RUN}')
 
 
 def restore(checkpoint, path, optimizer, scaler):
@@ -152,9 +147,8 @@ def open_checkpoint(path):
         tokenizer = tokenizers.from_state(saved.tokenizer)
         if saved.template not in TEMPLATES:
             raise ValueError(f'it has the template {saved.template!r}')
-    description = f'{path} (step {saved.step})'
-    if saved.val_loss is not None:
-        description = f'{path} (step {saved.step}, val_loss {saved.val_loss:.4f})'
+    val_loss = '' if saved.val_loss is None else f', val_loss {saved.val_loss:.4f}'
+    description = f'{path} (step {saved.step}{val_loss})'
     return Opened(model, tokenizer, saved.template, description, saved, os.path.dirname(path))
 
 
@@ -162,31 +156,27 @@ def open_pretrained(name, vocabulary):
     """The Opened model of a folder in transformers' form, or of a hub name."""
     model, config, folder = pretrained.open_folder(name)
     n_rows = model.config.vocab_size
-    if tokenizers.has_vocabulary(folder):
+    if any(os.path.exists(os.path.join(folder, name)) for name in pretrained.VOCABULARY):
         tokenizer = tokenizers.load(folder, tags=False)
     else:
-        tokenizer = (vocabulary or tokenizers.load('gpt2')).with_tags()
-        tokenizer = tokenizer.with_tags(n_rows == tokenizer.vocab_size)
+        tokenizer = (vocabulary or tokenizers.load('gpt2')).with_tags(False)
     if n_rows < tokenizer.vocab_size:
-        raise UserError(
-            f'{name} has {n_rows} tokens, its vocabulary {tokenizer.name!r} has '
-            f'{tokenizer.vocab_size}. Expected a folder with the vocabulary it was trained with.')
+        raise UserError(f'{name} has {n_rows} tokens, its vocabulary {tokenizer.vocab_size}. '
+                        'Expected a folder with the vocabulary it was trained with.')
     if n_rows > tokenizer.vocab_size:
         # Rows that no token stands for: padding.
         model.set_embedding(model.transformer.wte.weight[:tokenizer.vocab_size])
     template = config.get('conversation_template')
     if template and template not in TEMPLATES:
-        raise UserError(f'{name}/config.json has conversation_template={template!r}; known are '
-                        f'{", ".join(TEMPLATES)}.')
+        raise UserError(f'{name} has the template {template!r}; known are {[*TEMPLATES]}.')
     return Opened(model, tokenizer, template, name, None, folder)
 
 
 def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
     """An Opened model: 'resume' (the run saved last under out_dir), a folder, or a hub name.
 
-    which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the data to
-    train on, which must be the model's. tags: the model is to know the six tags. If it does not,
-    they are added.
+    which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the data,
+    which must be the model's. tags: add the six tags to a model that does not know them.
     """
     names = ('ckpt.pt', 'best.pt') if which == 'last' else ('best.pt', 'ckpt.pt')
     path = find(out_dir if init_from == 'resume' else init_from, names)
@@ -196,9 +186,8 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     else:
         opened = open_pretrained(init_from, vocabulary)
     if vocabulary and vocabulary.sha256 != opened.tokenizer.sha256:
-        raise UserError(
-            f'{opened.description} has the vocabulary {opened.tokenizer.name!r}, the data another, '
-            f"{vocabulary.name!r}. Prepare the data with the model's: --tokenizer=FOLDER")
+        raise UserError(f'{opened.description} has one vocabulary, the data another. Prepare '
+                        "the data with the model's: --tokenizer=FOLDER")
     if (tags or vocabulary and vocabulary.tags) and not opened.tokenizer.tags:
         tagged = opened.tokenizer.with_tags()
         opened.model.add_tokens(tagged.tag_pieces())

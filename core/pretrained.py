@@ -25,7 +25,7 @@ VOCABULARY = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json')
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 # transformers' names for the activation, and torch's for its approximation.
 GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
-# What config.json must say, where it says it, for us to compute the same as transformers.
+# What config.json must say, where it says it.
 REQUIRED = {'model_type': ['gpt2'], 'activation_function': list(GELUS),
             'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
             'layer_norm_epsilon': [1e-5], 'tie_word_embeddings': [True]}
@@ -40,7 +40,7 @@ def read_config(folder):
         for key, allowed in {**REQUIRED, 'n_inner': [None, width]}.items():
             if config.get(key, allowed[0]) not in allowed:
                 raise UserError(f'{path} has {key}={config[key]!r}; this code computes GPT-2s '
-                                f'with {" or ".join(map(str, allowed))} only.')
+                                f'with {allowed} only.')
     return config
 
 
@@ -137,10 +137,11 @@ def from_hub(name):
 
 def check_download(path):
     """Delete a file that is not what the hub announced. UserError then."""
-    # The cache names a large file by the sha256 that was announced.
-    announced = path.resolve().name
     with open(path, 'rb') as file:
-        if len(announced) == 64 and hashlib.file_digest(file, 'sha256').hexdigest() != announced:
-            path.resolve().unlink()
-            raise UserError(f'{path.name} is not the file that the hub announced, which has the '
-                            f'sha256 {announced}. It was deleted; try again.')
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    # The cache names a large file by the sha256 that was announced.
+    blob = path.resolve()
+    if len(blob.name) == 64 and blob.name != digest:
+        blob.unlink()
+        raise UserError(f'{path.name} has sha256 {digest}, not {blob.name} as the hub announced. '
+                        'It was deleted; try again.')

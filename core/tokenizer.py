@@ -7,7 +7,6 @@ token. Source: Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/
 """
 import hashlib
 import json
-import os
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -28,13 +27,11 @@ GPT2_MERGES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/v
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
 GPT2_SHA256 = 'e9e45993123ec6a64707a12a963fa02d1c51d715b1f66650519ed8c417fbfaff'
 
-# GPT-2's files write each byte as one printable character: itself where it is printable, the
-# next free one from U+0100 on where it is not.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-CHAR_OF = {b: chr(b) for b in PRINTABLE}
+# GPT-2's files write a byte as one character: itself where it is printable, else the next from
+# U+0100 on.
+CHAR_OF = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 for b in range(256):
-    if b not in PRINTABLE:
-        CHAR_OF[b] = chr(256 + len(CHAR_OF) - len(PRINTABLE))
+    CHAR_OF.setdefault(b, chr(len(CHAR_OF) + 68))
 BYTE_OF = {ord(char): b for b, char in CHAR_OF.items()}
 
 
@@ -49,8 +46,11 @@ def to_bytes(token):
 
 
 class Tokenizer:
-    """A vocabulary. tokens: the text tokens as bytes, in order of merging. tags: whether it has
-    the six tags. added: {special piece: id}; text tokens have the ids that are left, in order."""
+    """A vocabulary: text tokens as bytes, in order of merging, and special tokens.
+
+    added: {special piece: id}. Text tokens have the ids that are left, in order. The six tags
+    come last, if `tags`.
+    """
 
     def __init__(self, name, tokens, tags, added=None):
         self.name = name
@@ -138,22 +138,15 @@ def load(name, tags=True):
     return Tokenizer('gpt2', tokens, tags)
 
 
-def has_vocabulary(folder):
-    """Whether the folder holds the vocabulary files of transformers."""
-    names = ('tokenizer.json', 'vocab.json')
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
-
-
 def read_folder(path, tags):
     """The Tokenizer of a folder in transformers' form, or of a tokenizer.json."""
-    with reading(path, "Expected the vocabulary of a GPT-2: tokenizer.json, or vocab.json and "
-                       'merges.txt, of byte-level BPE.'):
+    with reading(path, 'Expected the vocabulary of a GPT-2: byte-level BPE.'):
         if path.is_dir() and not (path / 'tokenizer.json').exists():
             vocab = read_json(path / 'vocab.json')
             lines = (path / 'merges.txt').read_text('utf-8').split('\n')
             merges = [line for line in lines if line and line[:8] != '#version']
-            has_added = (path / 'added_tokens.json').exists()
-            added = read_json(path / 'added_tokens.json') if has_added else {}
+            extra = path / 'added_tokens.json'
+            added = read_json(extra) if extra.exists() else {}
         else:
             content = read_json(path / 'tokenizer.json' if path.is_dir() else path)
             vocab = content['model']['vocab']

@@ -158,8 +158,8 @@ def test_added_tokens_are_kept_and_rows_without_a_token_are_dropped(padded):
     ({'n_head': 5}, 'cannot be read: AssertionError'),
     ({'n_layer': 2}, "KeyError 'transformer.h.1"),
     ({'n_positions': 512}, 'size mismatch for transformer.wpe.weight'),
-    ({'vocab_size': 10}, 'has 10 tokens, its vocabulary .* has 322'),
-    ({'conversation_template': 'ximl'}, "conversation_template='ximl'; known are xml")])
+    ({'vocab_size': 10}, 'has 10 tokens, its vocabulary 322'),
+    ({'conversation_template': 'ximl'}, "has the template 'ximl'; known are")])
 def test_a_folder_whose_parts_do_not_fit_is_refused(padded, tmp_path, changes, said):
     folder = shutil.copytree(padded[0], tmp_path / 'model')
     config = json.loads((folder / 'config.json').read_text()) | changes
