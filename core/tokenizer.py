@@ -163,7 +163,8 @@ def read_folder(path, tags):
         tokenizer = Tokenizer(path.name, tokens, tags, added)
         # A merge is 'a b', or ['a', 'b'].
         merged = [''.join(merge).replace(' ', '') for merge in merges]
-        in_order = text[256:] == list(dict.fromkeys(merged))
+        expected = sorted(CHAR_OF.values()) + list(dict.fromkeys(merged))
+        in_order = sorted(text[:256]) + text[256:] == expected
         if not in_order or tokenizer.text_ids != [vocab[token] for token in text]:
             raise ValueError('the ids are not in the order of merging, without gaps')
         if tokenizer.with_tags().vocab_size > 2 ** 16:

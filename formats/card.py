@@ -73,6 +73,11 @@ def licence_of(data):
     return 'other'
 
 
+def identity(folder, description, **_):
+    """What two mentions of the same model have in common."""
+    return os.path.realpath(folder), os.path.basename(description)
+
+
 def scores_of(opened, report):
     """[(name, value)] of the model: what its checkpoint says, and a report.json of evaluate.py."""
     found = []
@@ -87,11 +92,8 @@ def scores_of(opened, report):
         with open(report, encoding='utf-8') as file:
             results = json.load(file)['models']
         for result in results:
-            same_folder = os.path.realpath(result['folder']) == os.path.realpath(opened.folder)
-            # Whole paths differ if the scripts ran in different folders.
-            same_file = os.path.basename(result['description']) == os.path.basename(
-                opened.description)
-            if same_folder and same_file:
+            # The paths in them differ if the two scripts ran in different folders.
+            if identity(**result) == identity(**opened._asdict()):
                 return found + list(result['figures'].items())
         others = ', '.join(result['description'] for result in results)
     raise UserError(f'{report} is about {others}, not about {opened.description}. '
@@ -101,17 +103,13 @@ def scores_of(opened, report):
 def card(title, opened, dtype, report=''):
     """The text of the card. report: the path of a report.json, or ''."""
     shape = opened.model.config
-    config = {}
-    origin = {}
-    if opened.checkpoint:
-        config = opened.checkpoint.config
-        origin = opened.checkpoint.origin or {}
+    saved = opened.checkpoint
+    config = saved.config if saved else {}
+    origin = (saved.origin if saved else None) or {}
     ids, mask, _ = conversation.encode(EXAMPLE, opened.tokenizer, opened.template)
     padding = shape.padded_vocab_size - shape.vocab_size
     n_parameters = sum(p.numel() for p in opened.model.parameters()) - padding * shape.n_embd
     begun = origin.get('init_from') or ''
-    if begun == 'resume':
-        begun = ''
     data = describe_data(origin)
     on_hub = []
     for part in data:

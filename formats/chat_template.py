@@ -8,10 +8,10 @@ make that possible: the chat template writes them, and the tokenizer takes them 
 Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 """
 import os
+import re
 
 import jinja2  # comes with torch
 
-from configurator import UserError
 from core.conversation import TEMPLATES, Special, Turn
 from core.tokenizer import to_unicode
 
@@ -20,10 +20,9 @@ BREAK = '\ufdd0'
 # Between two pieces that would have other ids if they were encoded together.
 JOINT = '\ufdd1'
 
-FOLDER = os.path.dirname(os.path.abspath(__file__))
 ENVIRONMENT = jinja2.Environment(
-    '<%', '%>', '<<', '>>', '<#', '#>', loader=jinja2.FileSystemLoader(FOLDER),
-    trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    '<%', '%>', '<<', '>>', '<#', '#>', trim_blocks=True, lstrip_blocks=True,
+    loader=jinja2.FileSystemLoader(os.path.dirname(__file__)), undefined=jinja2.StrictUndefined)
 
 
 # ---- the template ----
@@ -36,14 +35,12 @@ def literal(text):
 
 def expression(piece):
     """A piece in which JOINT stands for the message, as a Jinja expression."""
-    before, mark, after = piece.partition(JOINT)
     parts = []
-    if before:
-        parts.append(literal(before))
-    if mark:
-        parts.append('text')
-    if after:
-        parts.append(literal(after))
+    for part in re.split(f'({JOINT})', piece):
+        if part == JOINT:
+            parts.append('text')
+        elif part:
+            parts.append(literal(part))
     return ' ~ '.join(parts)
 
 
@@ -86,22 +83,15 @@ def chat_template(name, tokenizer):
 # ---- the vocabulary ----
 
 def merges(tokens):
-    """The pairs of tokens that merge into each of the tokens after the 256 bytes, in order.
-
-    A pair is found as a text is encoded, with the tokens before it alone. UserError for a token
-    that no pair merges into.
-    """
+    """The pairs of tokens that merge into each of the tokens after the 256 bytes, in order."""
     ranks = {token: i for i, token in enumerate(tokens)}
     found = []
     for rank, token in enumerate(tokens[256:], 256):
+        # As a text is encoded, with the tokens before this one alone.
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            lowest = min(pairs)
-            if lowest == rank:
-                raise UserError('the vocabulary cannot be exported: no two tokens merge into '
-                                f'its token {token!r}.')
-            i = pairs.index(lowest)
+            i = pairs.index(min(pairs))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         found.append(tuple(parts))
     return found

@@ -32,26 +32,9 @@ def write(path, opened, texts, weights):
     writer.add_head_count(shape.n_head)
     writer.add_layer_norm_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType[file_type])
-    add_vocabulary(gguf, writer, opened.tokenizer, texts)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)
-    for name, tensor in weights.items():
-        if name.endswith(TRANSPOSED):
-            tensor = tensor.t()
-        values = tensor.float().contiguous().numpy()
-        # llama.cpp wants whatever it adds in float32.
-        adds = tensor.ndim == 1 or 'wpe' in name
-        type_ = gguf.GGMLQuantizationType['F32' if adds else kind]
-        writer.add_tensor(names.get_name(name, ('.weight', '.bias')), gguf.quantize(values, type_),
-                          raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_vocabulary(gguf, writer, tokenizer, texts):
-    """The tokens, how they merge, which are special, and the chat template."""
+    # The tokens, how they merge, which are special, and the chat template.
+    tokenizer = opened.tokenizer
     model = json.loads(texts['tokenizer.json'])['model']
     eos_token = json.loads(texts['tokenizer_config.json'])['eos_token']
     ids = model['vocab'] | tokenizer.special
@@ -67,3 +50,18 @@ def add_vocabulary(gguf, writer, tokenizer, texts):
     writer.add_pad_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
     writer.add_chat_template(texts['chat_template.jinja'])
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)
+    for name, tensor in weights.items():
+        if name.endswith(TRANSPOSED):
+            tensor = tensor.t()
+        values = tensor.float().contiguous().numpy()
+        # llama.cpp wants whatever it adds in float32.
+        adds = tensor.ndim == 1 or 'wpe' in name
+        type_ = gguf.GGMLQuantizationType['F32' if adds else kind]
+        writer.add_tensor(names.get_name(name, ('.weight', '.bias')), gguf.quantize(values, type_),
+                          raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

