@@ -18,9 +18,9 @@ def target(request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('target', fuzz.TARGETS, indirect=True)
 def test_no_damage_breaks_a_promise(target):
-    for data in fuzz.inputs(100, seed=5):
+    for data in fuzz.inputs(200, seed=5):
         target.check(data)
-    assert 2 < target.n_read < 98  # refused are some, and not all
+    assert 2 < target.n_read < 198  # refused are some, and not all
 
 
 def leave_out(*arguments):
@@ -31,8 +31,7 @@ def leave_out(*arguments):
     ('config', 'configurator.accept', lambda value, kind: value),
     ('vocabulary', 'core.tokenizer.reading', leave_out),
     ('oasst', 'data.common.reading', leave_out),
-    ('data', 'core.tokenfile.reading', leave_out),
-    ('checkpoint', 'core.checkpoint.reading', leave_out)], indirect=['target'])
+    ('data', 'core.tokenfile.reading', leave_out)], indirect=['target'])
 def test_a_check_that_is_left_out_is_found(target, name, planted, monkeypatch):
     monkeypatch.setattr(name, planted)
     with pytest.raises((AssertionError, EOFError, LookupError, TypeError, ValueError,

@@ -36,16 +36,14 @@ with followed:
     import configurator
     import train
     from configurator import Count, Seed, UserError
-    from core import checkpoint, tokenfile, tokenizer
+    from core import tokenfile, tokenizer
     from core.conversation import Turn, encode
     from core.files import reading
-    from core.generate import Sampling, generate
     from core.readback import decode
     from core.rows import Rows
     from data.oasst import prepare as oasst
-    from model import GPT, GPTConfig
 
-TARGETS = ('config', 'oasst', 'vocabulary', 'data', 'checkpoint')
+TARGETS = ('config', 'oasst', 'vocabulary', 'data')
 SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
 PIECES = [b'', b'\n', b'"', b'{', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'NaN', b'</user>',
           b'### Response:', b'\\ud800', b'9' * 5000, b'1+' * 3000, b'open("x", "w")']
@@ -150,15 +148,10 @@ def make_vocabulary():
     vocab = {tokenizer.to_unicode(token): i for i, token in enumerate(SMALL.tokens)}
     merges = [['a', 'b'], [tokenizer.to_unicode(b' '), 't']]
     write('tokenizer.json', {'added_tokens': [], 'model': {'vocab': vocab, 'merges': merges}})
-    write('state.json', SMALL.state())
 
 
 def read_vocabulary(choices):
-    if choices.number(2):
-        bpe = tokenizer.load('tokenizer.json')
-    else:
-        with reading('state.json'), open('state.json', encoding='utf-8') as file:
-            bpe = tokenizer.from_state(json.load(file))
+    bpe = tokenizer.load('tokenizer.json')
     text = 'the user\'s é 🙂\0</user> <|endoftext|>'
     ids = bpe.encode(text).tolist()
     assert bpe.decode(ids) == text and not {*ids} & {*bpe.special.values()}
@@ -222,22 +215,6 @@ def read_data(choices):
     for batch in Rows(split, 64, seed=1).batches(2):
         assert len(batch.idx) == len(batch.positions) == sum(n * t for n, t in batch.runs)
         assert max(batch.idx.max(), batch.targets.max()) < bpe.vocab_size
-
-
-def make_checkpoint():
-    config = train.Config(n_layer=1, n_head=2, n_embd=4, block_size=8)
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=SMALL.vocab_size)
-    checkpoint.save(checkpoint.Checkpoint(
-        model=dict(GPT(shape).state_dict()), model_args=asdict(shape), template='xml',
-        tokenizer=SMALL.state(), config=asdict(config), step=3, val_loss=1.5), 'ckpt.pt')
-
-
-def read_checkpoint(choices):
-    opened = checkpoint.open_model('.')
-    model = opened.model.float().eval()
-    next(generate(model, [[opened.tokenizer.end_of_text]], 1, Sampling(temperature=0)))
-    with contextlib.suppress(UserError):
-        configurator.load(train.Config, [], opened.checkpoint.config)
 
 
 class Target:
