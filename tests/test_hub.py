@@ -25,24 +25,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        path = self.path.split('?')[0].strip('/')
+        path = self.path.split('?')[0].strip('/').removeprefix('api/models/')
         self.server.asked.append(path)
-        headers = {'X-Repo-Commit': SHA}
+        at = self.server.folder / path.replace(f'/resolve/{SHA}', '').replace(f'/tree/{SHA}', '')
+        announced = None
         if path.endswith('/revision/main'):
             data = json.dumps({'id': 'x', 'sha': SHA}).encode()
-        elif path.startswith('api/models/'):
-            name = path.removeprefix('api/models/').removesuffix(f'/tree/{SHA}')
+        elif at.is_dir():
             data = json.dumps([
                 {'type': 'file', 'path': file.name, 'size': file.stat().st_size, 'oid': 'f' * 40}
-                for file in (self.server.folder / name).iterdir()]).encode()
+                for file in at.iterdir()]).encode()
         else:
-            file = self.server.folder / path.replace(f'/resolve/{SHA}', '')
-            data = file.read_bytes()
-            announced = b'something else' if file.name in self.server.lies else data
-            headers['ETag'] = f'"{hashlib.sha256(announced).hexdigest()}"'
+            data = at.read_bytes()
+            announced = b'something else' if at.name in self.server.lies else data
         self.send_response(200)
-        for key, value in {**headers, 'Content-Length': len(data)}.items():
-            self.send_header(key, str(value))
+        if announced is not None:
+            self.send_header('ETag', hashlib.sha256(announced).hexdigest())
+        self.send_header('X-Repo-Commit', SHA)
+        self.send_header('Content-Length', str(len(data)))
         self.end_headers()
         if self.command == 'GET':
             self.wfile.write(data)
