@@ -79,14 +79,18 @@ def find(out_dir, names=('ckpt.pt',)):
 
     names: file names, the preferred one first. Without any checkpoint: where it would be.
     """
-    folders = [Path(out_dir), *Path(out_dir).glob('*')]
-    found = [folder / name for folder in folders for name in names]
-    found = [path for path in found if path.exists()]
-    if not found:
-        return os.path.join(out_dir, names[0])
-    newest = max(found, key=os.path.getmtime)
-    # Of the two in its folder, the preferred one.
-    return str(next(path for path in found if path.parent == newest.parent))
+    found = []
+    for name in names:
+        found += Path(out_dir).glob(name)
+        found += Path(out_dir).glob(f'*/{name}')
+    folder = max(found, key=os.path.getmtime).parent if found else out_dir
+    return in_folder(folder, names) or os.path.join(folder, names[0])
+
+
+def in_folder(folder, names):
+    """The path of the first of these files that the folder has, or None."""
+    paths = [os.path.join(folder, name) for name in names]
+    return next(filter(os.path.exists, paths), None)
 
 
 # ---- resuming ----
@@ -156,7 +160,7 @@ def open_pretrained(name, vocabulary):
     """The Opened model of a folder in transformers' form, or of a hub name."""
     model, config, folder = pretrained.open_folder(name)
     n_rows = model.config.vocab_size
-    if any(os.path.exists(os.path.join(folder, name)) for name in pretrained.VOCABULARY):
+    if any(os.path.exists(os.path.join(folder, file)) for file in pretrained.VOCABULARY):
         tokenizer = tokenizers.load(folder, tags=False)
     else:
         tokenizer = (vocabulary or tokenizers.load('gpt2')).with_tags(False)
@@ -179,9 +183,12 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     which must be the model's. tags: add the six tags to a model that does not know them.
     """
     names = ('ckpt.pt', 'best.pt') if which == 'last' else ('best.pt', 'ckpt.pt')
-    path = find(out_dir if init_from == 'resume' else init_from, names)
+    if init_from == 'resume':
+        path = find(out_dir, names)
+    else:
+        path = in_folder(init_from, names)
     # A checkpoint of ours, or anything in transformers' form.
-    if init_from == 'resume' or os.path.exists(path):
+    if path:
         opened = open_checkpoint(path)
     else:
         opened = open_pretrained(init_from, vocabulary)

@@ -52,7 +52,7 @@ def weight_files(folder):
         return [path]
     with reading(path, 'Expected an index of shards.'):
         shards = json.loads(path.read_text('utf-8'))['weight_map'].values()
-    return [path.with_name(shard) for shard in sorted(set(shards))]
+        return [path.with_name(shard) for shard in sorted(set(shards))]
 
 
 def read_weights(folder):
@@ -130,17 +130,16 @@ def from_hub(name):
     except OSError as error:  # the network's errors
         raise UserError(f'{name} is not a folder here, and could not be downloaded from the hub '
                         f'({type(error).__name__}). Check the name and the network.') from None
-    for path in Path(folder).iterdir():
+    for path in filter(Path.exists, weight_files(folder)):
         check_download(path)
     return folder
 
 
 def check_download(path):
     """Delete a file that is not what the hub announced. UserError then."""
-    with open(path, 'rb') as file:
-        digest = hashlib.file_digest(file, 'sha256').hexdigest()
     # The cache names a large file by the sha256 that was announced.
     blob = path.resolve()
+    digest = hashlib.file_digest(blob.open('rb'), 'sha256').hexdigest()
     if len(blob.name) == 64 and blob.name != digest:
         blob.unlink()
         raise UserError(f'{path.name} has sha256 {digest}, not {blob.name} as the hub announced. '
