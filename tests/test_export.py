@@ -249,13 +249,10 @@ def test_a_kill_between_the_renames_loses_no_export(source, tmp_path):
     assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
 
 
-@pytest.mark.parametrize('keys, said', [
-    ({'out': ''}, '--out=FOLDER'), ({'dtype': 'int8'}, "found 'int8', expected one of float32"),
-    ({'init_from': '/nowhere'}, '/nowhere'), ({'out': '/proc/x/y'}, 'cannot write to /proc/x/y')])
-def test_a_mistake_gets_one_line(source, tmp_path, keys, said):
-    with pytest.raises(UserError, match=said) as error:
-        exported(**{'source': source, 'out': tmp_path / 'my'} | keys)
-    assert '\n' not in str(error.value) and os.listdir(tmp_path) == ['out']
+def test_a_place_that_cannot_be_written_to_gets_one_line(source):
+    with pytest.raises(UserError, match='cannot write to /proc/x/y.*--out=FOLDER') as error:
+        exported(source, '/proc/x/y')
+    assert '\n' not in str(error.value)
 
 
 def test_a_model_that_was_never_tuned_is_not_exported(models, tmp_path):
