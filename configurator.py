@@ -1,4 +1,4 @@
-"""Defaults, then a config file, then --key=value: one frozen, typed configuration. Later wins.
+"""Defaults, then a config file, then --key=value: one frozen configuration. Later wins.
 
     python train.py config/finetune_oasst.py --batch_size=2 --learning_rate=6e-5
 
@@ -7,22 +7,18 @@ allowed, and the comment at the end of the line is the help text:
 
     batch_size: Count = 4                              # rows in a micro-batch
     loss_on: Literal['response', 'all'] = 'response'   # which tokens are learned
-
-Config files are parsed and never executed. A value is a literal, or arithmetic on literals.
 """
 import ast
+import contextlib
 import difflib
 import inspect
-import io
 import math
 import operator
 import os
 import signal
 import sys
-import textwrap
-import tokenize
-import typing
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import fields
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin
 
 REPOSITORY = os.path.dirname(os.path.abspath(__file__))
 
@@ -37,15 +33,6 @@ class Range(NamedTuple):
     """For Annotated[int, Range(1, 16)]: the lowest and the highest value allowed."""
     low: float
     high: float = math.inf
-    below: float = math.inf  # values must be smaller than this
-
-    def __str__(self):
-        text = f'at least {self.low:,}'
-        if self.high < math.inf:
-            text += f', at most {self.high:,}'
-        if self.below < math.inf:
-            text += f', below {self.below:,}'
-        return text
 
 
 Count = Annotated[int, Range(1)]
@@ -53,65 +40,28 @@ Natural = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(1e-9)]
-Fraction = Annotated[float, Range(0, below=1)]
+Fraction = Annotated[float, Range(0, 0.9999)]
 Share = Annotated[float, Range(0, 1)]
 
-EXPECTED = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'text',
-            dict: 'a table', list: 'a list', tuple: 'a tuple'}
-LARGEST = 10 ** 11  # of whole numbers: larger ones overflow as floats and times
 
-
-def base_type(kind):
-    """int, float, bool or str, whichever a key's type stands for."""
-    if typing.get_origin(kind) is Literal:
-        return str
-    return getattr(kind, '__origin__', kind)
-
-
-def limits(kind):
-    """What a key's type allows, in words; '' if it allows everything."""
-    if typing.get_origin(kind) is Literal:
-        return 'one of ' + ', '.join(choice or "''" for choice in typing.get_args(kind))
-    return ''.join(map(str, getattr(kind, '__metadata__', ())))
-
-
-def accept(value, kind):
-    """The value if the key's type allows it (an int is fine for a float), else ValueError."""
-    if type(None) in typing.get_args(kind):  # as in float | None
-        if value is None:
-            return None
-        kind = typing.get_args(kind)[0]
-    base = base_type(kind)
-    if type(value) is int and abs(value) > LARGEST:
-        raise ValueError(f'found a number that is too large, expected at most {LARGEST:,}')
-    if base is float and type(value) is int:
+def check_value(value, field):
+    """The value, if the type and the limits of this field of the dataclass allow it."""
+    if type(field.default) is float and type(value) is int:
         value = float(value)
-    fits = isinstance(value, base) and isinstance(value, bool) == (base is bool)
-    if not fits or value != value or value == math.inf or base is str and '\0' in value:
-        raise ValueError(f'found {str(value)[:60]!r}, expected {EXPECTED[base]}')
-    if typing.get_origin(kind) is Literal:
-        allowed = value in typing.get_args(kind)
-    else:
-        ranges = getattr(kind, '__metadata__', ())
-        allowed = all(r.low <= value <= r.high and value < r.below for r in ranges)
-    if not allowed:
-        raise ValueError(f'found {value!r}, expected {limits(kind)}')
+    if type(value) is not type(field.default):
+        raise ValueError(f'found {value!r}, expected a value like {field.default!r}')
+    if get_origin(field.type) is Annotated:
+        low, high = get_args(field.type)[1]
+        if not low <= value <= high:
+            raise ValueError(f'found {value}, expected at least {low:,}, at most {high:,}')
+    choices = get_args(field.type)
+    if get_origin(field.type) is Literal and value not in choices:
+        words = ', '.join(filter(None, choices))
+        raise ValueError(f'found {value!r}, expected one of {words}')
     return value
 
 
-def checked(keys, values):
-    """An instance of the dataclass `keys` with these values. ValueError if its types forbid one."""
-    kinds = typing.get_type_hints(keys, include_extras=True)
-    accepted = {}
-    for name, value in values.items():
-        try:
-            accepted[name] = accept(value, kinds[name])
-        except ValueError as error:
-            raise ValueError(f'{name}: {error}') from None
-    return keys(**accepted)
-
-
-# ---- reading values ----
+# ---- reading values: nothing is executed ----
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
@@ -120,137 +70,87 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 def evaluate(node):
     """The value of a literal, or of arithmetic on literals; ValueError for anything else."""
     match node:
-        case ast.Constant(value=bool() | int() | float() | str()):
+        case ast.Constant():
             return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return -number
-        case ast.BinOp(op=op, left=left, right=right) if type(op) in OPERATORS:
-            values = [evaluate(left), evaluate(right)]
-            texts = [isinstance(value, str) for value in values]
-            if not any(texts) or (all(texts) and isinstance(op, ast.Add)):
-                return OPERATORS[type(op)](*values)
-    if ast.unparse(node) == 'str(time.time())':  # one of nanoGPT's config files names its run so
-        return ''
-    raise ValueError(f'found {ast.unparse(node)[:60]!r}, expected a literal, '
-                     'or arithmetic on literals')
-
-
-def parse_flag(text, kind):
-    """The value of --key=TEXT: for a text key the text itself, for any other a literal."""
-    if base_type(kind) is str:
-        return text
-    if text.lower() in ('true', 'false'):
-        return text.lower() == 'true'
-    try:
-        return evaluate(ast.parse(text.strip(), mode='eval').body)
-    except SyntaxError:
-        raise ValueError(f'found {text[:60]!r}, expected {EXPECTED[base_type(kind)]}') from None
+        case ast.UnaryOp(op=ast.USub()):
+            return -evaluate(node.operand)
+        case ast.BinOp() if type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+    raise ValueError(f'found {ast.unparse(node)}, expected a literal, or arithmetic on literals')
 
 
 def read_config_file(name):
-    """Yield (key, syntax tree of its value, line number) for each line of a config file."""
+    """Yield (key, syntax tree of its value, where it is) for each line key = value."""
     path = name
     if not os.path.isfile(path):
         path = os.path.join(REPOSITORY, name)  # so that the scripts work from any folder
-    if not os.path.isfile(path):
-        raise UserError(f'config file {name} not found. The config files are in config/; '
-                        'flags are written --key=value.')
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            text = file.read()
-        statements = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
-        line = getattr(error, 'lineno', None) or 1
-        raise UserError(f'{name} line {line}: {type(error).__name__}. '
-                        'Expected lines of the form key = value.') from None
-    for statement in statements:
-        match statement:
-            case ast.Expr(value=ast.Constant(value=str())):
-                pass  # the docstring
-            case ast.Import(names=[ast.alias(name='time')]):
-                pass  # see evaluate
-            case ast.Assign(targets=[ast.Name(id=key)], value=node):
-                yield key, node, statement.lineno
+        with open(path, 'rb') as file:
+            lines = ast.parse(file.read(), name).body
+    except (OSError, SyntaxError) as error:
+        raise UserError(f'config file {name} cannot be read: {error}. The config files are in '
+                        'config/; flags are written --key=value.') from None
+    for line in lines:
+        where = f'in {name} line {line.lineno}'
+        match line:
+            case ast.Expr(value=ast.Constant()):
+                continue  # the docstring
+            case ast.Assign(targets=[ast.Name(id=key)]):
+                yield key, line.value, where
             case _:
-                line = text.split('\n')[statement.lineno - 1].strip()
-                raise UserError(f'{name} line {statement.lineno}: found {line[:60]!r}, expected '
-                                'key = value. A config file is read, never executed.')
+                raise UserError(f'found {ast.unparse(line)[:60]!r} {where}, expected key = value. '
+                                'A config file is read, never executed.')
+
+
+def read_flag(flag, keys):
+    """The same for --key=value. A text needs no quotes, and --key alone means True."""
+    key, equals, text = flag[2:].partition('=')
+    node = ast.Constant(text if equals else True)
+    if equals and not isinstance(getattr(keys, key, ''), str):
+        with contextlib.suppress(SyntaxError):  # it stays a text, which check_value refuses
+            node = ast.parse(text.strip(), mode='eval').body
+    return key, node, 'on the command line'
 
 
 def load(keys, argv, defaults=None, check=True):
     """The configuration that argv asks for, as an instance of the frozen dataclass `keys`.
 
-    argv holds config files and --key=value flags. defaults, a dict, overrides the class's own. The
-    class may have a method problems() that yields a sentence for each combination of values that
-    cannot work; check=False skips it. All mistakes are raised together as one UserError, a line
-    each. --help prints every key and exits.
+    defaults: a dict that overrides the class's own. The class may have a method problems(), which
+    yields a sentence for each combination that cannot work; check=False skips it.
     """
     if '--help' in argv or '-h' in argv:
-        print(help_text(keys), flush=True)
+        # The help is the docstring of the script and the class up to its first empty line.
+        print(inspect.getdoc(sys.modules[keys.__module__]))
+        lines = inspect.getsource(keys).partition(':\n')[2].partition('\n\n')[0]
+        print(f'\nKeys, as in --key=value:\n{lines.rstrip()}', flush=True)
         sys.exit(0)
-    kinds = typing.get_type_hints(keys, include_extras=True)
-    values = {}
-    mistakes = []
-
-    def assign(name, where, read, source):
-        """Set the key to read(source)."""
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
-            hint = f'Did you mean {close[0]!r}?' if close else '--help lists them all.'
-            mistakes.append(f'unknown key {name!r} {where}. {hint}')
-            return
-        try:
-            values[name] = accept(read(source), kinds[name])
-        except (ValueError, ArithmeticError, RecursionError, MemoryError) as error:
-            mistakes.append(f'{name} {where}: {error}')
-
+    known = {field.name: field for field in fields(keys)}
     # A key that was saved and is no longer known is ignored.
-    for name in kinds.keys() & (defaults or {}).keys():
-        assign(name, 'in the saved configuration', defaults.get, name)
+    values = {key: value for key, value in (defaults or {}).items() if key in known}
+    mistakes = []
     # Config files and flags in the order they are given: later wins.
     for argument in argv:
-        if not argument.startswith('--'):
-            for name, node, line in read_config_file(argument):
-                assign(name, f'in {argument} line {line}', evaluate, node)
-            continue
-        name, equals, text = argument[2:].partition('=')
-        kind = kinds.get(name, str)
-        if not equals and kind is bool:
-            text = 'True'
-        elif not equals and name in kinds:
-            mistakes.append(f'--{name} needs a value: --{name}=VALUE')
-            continue
-        assign(name, 'on the command line', lambda text, kind=kind: parse_flag(text, kind), text)
+        if argument.startswith('--'):
+            entries = [read_flag(argument, keys)]
+        else:
+            entries = read_config_file(argument)
+        for key, node, where in entries:
+            if key not in known:
+                nearest, = difflib.get_close_matches(key, known, n=1, cutoff=0)
+                mistakes.append(f'unknown key {key!r} {where}. Did you mean {nearest!r}?')
+                continue
+            try:
+                values[key] = check_value(evaluate(node), known[key])
+            except (ValueError, TypeError, ArithmeticError) as error:
+                mistakes.append(f'{key} {where}: {error}')
     # problems() may only be asked once every single value is right.
     if not mistakes:
         config = keys(**values)
-        if check and hasattr(config, 'problems'):
+        if check and hasattr(keys, 'problems'):
             mistakes.extend(config.problems())
     if mistakes:
         raise UserError('\n'.join(mistakes))
     return config
-
-
-def help_text(keys):
-    """The script's docstring, then every key with its default, its comment and its limits."""
-    # The help is in the comments of the source, by line number.
-    source = textwrap.dedent(inspect.getsource(keys))
-    comments = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip('# ')
-    kinds = typing.get_type_hints(keys, include_extras=True)
-    lines = [inspect.getdoc(sys.modules[keys.__module__]) or '', '', 'keys (--key=value):']
-    for number, line in enumerate(source.split('\n'), 1):
-        name = line.strip().partition(':')[0]
-        text = comments.get(number, '')
-        if name in kinds:
-            if limits(kinds[name]):
-                text += f' ({limits(kinds[name])})'
-            lines.append(f'  --{name}={getattr(keys, name)!r} '.ljust(39) + text)
-        elif line.strip().startswith('#'):
-            lines.append(f'\n  {text}')
-    return '\n'.join(lines)
 
 
 # ---- running a script ----
@@ -258,14 +158,12 @@ def help_text(keys):
 def precheck(name, keys, check=True):
     """Find mistakes on the command line before a script's slow imports. name: its __name__."""
     if name == '__main__':
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until run: Ctrl-C ends without a traceback
         run(lambda argv: load(keys, argv, check=check))
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(main):
     """Call main(sys.argv[1:]). A UserError is printed without a traceback and exits with 2."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     sys.stdout.reconfigure(errors='backslashreplace')  # for terminals that lack a character
     try:
         main(sys.argv[1:])
@@ -275,8 +173,6 @@ def run(main):
         sys.exit(2)
     except BrokenPipeError:  # whoever reads our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def report(error):
