@@ -1,15 +1,11 @@
-"""Damage files that a stranger may have written: reading them ends in a value or in one line.
+"""Damage files at random: reading them ends in a value or in one line for the user.
 
-    python tests/stress/fuzz.py --target=oasst --inputs=100000     # --help lists the targets
+    python tests/stress/fuzz.py --target=oasst --inputs=100000
 
-An input is bytes that choose what is damaged, and how. With atheris (pip install -r
-requirements-fuzz.txt) they follow the coverage of our own lines; without it they are random.
-The first finding is kept in out_dir and ends the run. To see it again:
-Target('oasst').check(the bytes in the file). https://github.com/google/atheris
+A finding ends the run with a traceback. --first=NUMBER --inputs=1 shows it again.
 """
 import contextlib
 import copy
-import faulthandler
 import glob
 import gzip
 import io
@@ -18,139 +14,73 @@ import os
 import random
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import torch  # before atheris, which would follow all of it for minutes
+import configurator
+from configurator import Count, Natural, UserError
+from core import checkpoint, tokenfile, tokenizer
+from core.conversation import Turn, encode
+from core.generate import Sampling, generate
+from core.readback import decode
+from data.oasst import prepare as oasst
+from model import GPT, GPTConfig
 
-OURS = ['configurator', 'core', 'data', 'train']
-atheris = None
-followed = contextlib.nullcontext()
-if __name__ == '__main__':
-    with contextlib.suppress(ImportError):
-        import atheris
-        followed = atheris.instrument_imports(include=OURS)
-with followed:
-    import configurator
-    import train
-    from configurator import Count, Seed, UserError
-    from core import tokenfile, tokenizer
-    from core.conversation import Turn, encode
-    from core.files import reading
-    from core.readback import decode
-    from core.rows import Rows
-    from data.oasst import prepare as oasst
-
-TARGETS = ('config', 'oasst', 'vocabulary', 'data')
+TARGETS = ('oasst', 'vocabulary', 'data', 'checkpoint')
 SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
-PIECES = [b'', b'\n', b'"', b'{', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'NaN', b'</user>',
-          b'### Response:', b'\\ud800', b'9' * 5000, b'1+' * 3000, b'open("x", "w")']
-VALUES = [None, True, 0, -1, 1, 10 ** 400, 0.5, float('nan'), float('inf'), '', 'xml', '\0',
-          '\ud800', '\n', 'é', '../x', 'x' * 300, [], {}, [[]], [None], {'': None}, {'a': {}}]
+PIECES = [b'', b'\n', b'"', b'{', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
+VALUES = [None, True, -1, 0.5, float('nan'), '', '\0', '\ud800', '\n', [], {}, [None], {'': None}]
 
 
 @dataclass(frozen=True)
 class Config:
-    target: Literal[TARGETS] = 'config'  # what is damaged and read
+    target: Literal[TARGETS] = 'oasst'  # what is damaged and read
     inputs: Count = 20_000     # how many
-    seed: Seed = 1337          # of the inputs
-    out_dir: str = 'out/fuzz'  # where findings go
+    first: Natural = 0         # number of the first of them
 
 
-# ---- damage ----
-
-class Choices:
-    """Decisions from bytes. Once these are used up, each is 0."""
-
-    def __init__(self, data):
-        self.data = data
-        self.at = 0
-
-    def number(self, n):
-        """0 to n - 1."""
-        self.at += 2
-        return int.from_bytes(self.data[self.at - 2:self.at], 'little') % n
-
-    def of(self, options):
-        return options[self.number(len(options))]
-
-
-def damage_value(value, choices):
-    """A copy of nested dicts and lists in which something is another value, gone or twice."""
-    if not isinstance(value, dict | list) or not value or not choices.number(8):
-        return choices.of(VALUES)
+def damage_value(value, rng):
+    """A copy of nested dicts and lists in which something is another value."""
+    if not isinstance(value, dict | list) or not value:
+        return rng.choice(VALUES)
     value = copy.copy(value)
-    key = choices.of(list(value) if isinstance(value, dict) else range(len(value)))
-    how = choices.number(9)
-    if how == 0:
-        del value[key]
-    elif how == 1 and isinstance(value, list):
-        value.append(value[key])
-    else:
-        value[key] = damage_value(value[key], choices)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value[key] = damage_value(value[key], rng)
     return value
 
 
-def damage_bytes(data, choices):
-    """The data with something overwritten, inserted, doubled, or cut off."""
-    i = choices.number(len(data) + 1)
-    piece = choices.of([*PIECES, bytes([choices.number(256)]), data[i:i + 9]])
-    rests = [piece + data[i + len(piece):], piece + data[i:], data[i + len(piece):], b'']
-    return data[:i] + choices.of(rests)
+def damage_bytes(data, rng):
+    """The data with something overwritten, inserted, left out, or cut off."""
+    i = rng.randrange(len(data) + 1)
+    piece = rng.choice([*PIECES, rng.randbytes(1), data[i:i + 9]])
+    end = i + len(piece)
+    return data[:i] + rng.choice([piece + data[end:], piece + data[i:], data[end:], b''])
 
 
-def damage(data, choices):
-    """The bytes of a file with some damage: to the values that it holds, or to the bytes."""
-    try:
-        values = [json.loads(line) for line in data.splitlines()]
-    except ValueError:
-        values = []
-    if data[:2] == b'PK' and choices.number(3):
-        file = io.BytesIO()
-        torch.save(damage_value(torch.load(io.BytesIO(data)), choices), file)
-        return file.getvalue()
-    for _ in range(choices.of((1, 1, 2, 3))):
-        if values and choices.number(3):
-            i = choices.number(len(values))
-            values[i] = damage_value(values[i], choices)
-            data = '\n'.join(map(json.dumps, values)).encode()
-        else:
-            data = damage_bytes(data, choices)
-    if not choices.number(20):
-        data = damage_bytes(gzip.compress(data, mtime=0), choices)
-    return data
+def damage(data, rng):
+    """The bytes of a file with some damage, in a file of JSON mostly to a value of one line."""
+    if data[:1] != b'{' or rng.random() < 0.3:
+        return damage_bytes(data, rng)
+    if rng.random() < 0.1:
+        return damage_bytes(gzip.compress(data, mtime=0), rng)
+    lines = data.splitlines()
+    i = rng.randrange(len(lines))
+    lines[i] = json.dumps(damage_value(json.loads(lines[i]), rng)).encode()
+    return b'\n'.join(lines)
 
 
-# ---- targets: what is written whole, how it is read once damaged, and what must hold ----
-
-def write(name, content):
-    """Write bytes, text, or a value as JSON, in the current folder."""
-    if not isinstance(content, bytes):
-        content = (content if isinstance(content, str) else json.dumps(content)).encode()
-    with open(name, 'wb') as file:
-        file.write(content)
-
-
-def make_config():
-    write('run.py', '"""What it is for."""\n# a comment\nbatch_size = 4 * 2\nlearning_rate = 1e-4\n'
-                    'compile = True\nout_dir = "x" + "y"\nloss_on = "all"  # every token\n')
-
-
-def read_config(choices):
-    config = configurator.load(train.Config, ['run.py'])
-    for name, value in asdict(config).items():
-        assert type(value) is type(getattr(train.Config, name)), (name, value)
-
+# ---- each target: what is written, how it is read once damaged, and what must hold ----
 
 def make_vocabulary():
     vocab = {tokenizer.to_unicode(token): i for i, token in enumerate(SMALL.tokens)}
     merges = [['a', 'b'], [tokenizer.to_unicode(b' '), 't']]
-    write('tokenizer.json', {'added_tokens': [], 'model': {'vocab': vocab, 'merges': merges}})
+    with open('tokenizer.json', 'w') as file:
+        json.dump({'added_tokens': [], 'model': {'vocab': vocab, 'merges': merges}}, file)
 
 
-def read_vocabulary(choices):
+def read_vocabulary():
     bpe = tokenizer.load('tokenizer.json')
     text = 'the user\'s é 🙂\0</user> <|endoftext|>'
     ids = bpe.encode(text).tolist()
@@ -160,33 +90,26 @@ def read_vocabulary(choices):
 
 def message(name, role, *replies):
     return {'message_id': name, 'text': f'text {name} <user>', 'role': role, 'lang': 'en',
-            'rank': 0, 'deleted': False, 'review_result': True, 'replies': list(replies)}
+            'rank': 0, 'deleted': False, 'review_result': True, 'replies': replies}
 
 
 def make_oasst():
+    make_vocabulary()
+    os.rename('tokenizer.json', '.small.json')  # a hidden file is not damaged
     answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
-    records = []
-    for name in 'uvw':
-        prompt = message(name, 'prompter', answer)
-        records.append({'message_tree_id': name, 'prompt': prompt})
-    write('source', '\n'.join(map(json.dumps, records)))
+    with open('source', 'w') as file:
+        for name in 'uvw':
+            tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
+            print(json.dumps(tree), file=file)
 
 
-def contents(folder):
-    """{name: which file it is} of what a reader sees in the folder."""
-    paths = glob.glob(f'{folder}/*')
-    return {path: (os.stat(path).st_ino, os.stat(path).st_mtime_ns) for path in paths}
-
-
-def read_oasst(choices):
+def read_oasst():
     """Whole token files that read back and whose counts add up, or those of before, untouched."""
-    before = contents('out')
-    flags = [choices.of(('--turns=first', '--turns=all')), choices.of(('--lang=en', '--lang=all')),
-             choices.of(('--template=xml', '--template=dialogpt'))]
+    before = {path: os.stat(path).st_ino for path in glob.glob('out/*')}
     try:
-        oasst.main(['--input=source', '--out_dir=out', '--tokenizer=small.json', *flags])
+        oasst.main(['--input=source', '--out_dir=out', '--tokenizer=.small.json', '--turns=all'])
     except UserError:
-        assert contents('out') == before, 'refused, and yet the files are others'
+        assert before == {path: os.stat(path).st_ino for path in glob.glob('out/*')}
         raise
     meta = tokenfile.read_meta('out')
     n = 0
@@ -203,84 +126,72 @@ def make_data():
     for n in range(4):
         turns = [Turn('user', 'x' * n), Turn('assistant', 'y' * n)]
         found.append(encode(turns, SMALL)[:2])
-    tokenfile.write('.', {'train': found, 'val': []}, {
-        'template': 'xml', 'tokenizer': SMALL.state(), 'source': {'name': 'x'}})
+    tokenfile.write('.', {'train': found}, {'template': 'xml', 'tokenizer': SMALL.state()})
 
 
-def read_data(choices):
-    meta = tokenfile.read_meta('.')
-    with reading('meta.json'):
-        bpe = tokenizer.from_state(meta['tokenizer'])
+def read_data():
+    bpe = tokenizer.from_state(tokenfile.read_meta('.')['tokenizer'])
     split = tokenfile.Split(['.'], 'train', vocab_size=bpe.vocab_size)
-    for batch in Rows(split, 64, seed=1).batches(2):
-        assert len(batch.idx) == len(batch.positions) == sum(n * t for n, t in batch.runs)
-        assert max(batch.idx.max(), batch.targets.max()) < bpe.vocab_size
+    for i in range(len(split)):
+        ids, mask = split[i]
+        assert len(ids) == len(mask) > 0 and ids.max() < bpe.vocab_size
 
 
-class Target:
-    """A target by its name, in a folder of its own, which becomes the current one."""
+def make_checkpoint():
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=SMALL.vocab_size)
+    saved = checkpoint.Checkpoint(
+        model=dict(GPT(shape).state_dict()), model_args=vars(shape), template='xml',
+        tokenizer=SMALL.state(), config={}, step=3, val_loss=1.5)
+    checkpoint.save(saved, 'ckpt.pt')
 
-    def __init__(self, name):
-        memory = '/dev/shm' if os.path.isdir('/dev/shm') else None
-        self.folder = tempfile.TemporaryDirectory(prefix='fuzz-', dir=memory)
-        self.read = globals()[f'read_{name}']
-        self.may_have_lines = name == 'config'  # one for each mistake
-        self.n_read = 0  # a target that refused every input would test nothing
-        os.chdir(self.folder.name)
-        globals()[f'make_{name}']()
-        self.files = {}
-        for path in sorted(glob.glob('*')):
-            with open(path, 'rb') as file:
-                self.files[path] = file.read()
-        make_vocabulary()
-        os.rename('tokenizer.json', 'small.json')
 
-    def check(self, data):
-        """Raises whatever must not be raised."""
-        choices = Choices(data)
-        damaged = choices.of(list(self.files))
-        for name, content in self.files.items():
-            write(name, damage(content, choices) if name == damaged else content)
-        silence = io.StringIO()
-        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            try:
-                self.read(choices)
-                self.n_read += 1
-            except UserError as error:
-                lines = str(error).split('\n')
-                assert all(lines) and (len(lines) == 1 or self.may_have_lines), lines
+def read_checkpoint():
+    opened = checkpoint.open_model('.')
+    model = opened.model.float().eval()
+    next(generate(model, [[opened.tokenizer.end_of_text]], 1, Sampling(temperature=0)))
 
 
 # ---- running ----
 
-def inputs(n, seed):
-    """n random inputs."""
-    rng = random.Random(seed)
-    for _ in range(n):
-        yield rng.randbytes(rng.choice((6, 12, 24, 48)))
+def make(target):
+    """Write the target's files into the current folder; returns {name: bytes}."""
+    globals()[f'make_{target}']()
+    files = {}
+    for path in glob.glob('*'):
+        with open(path, 'rb') as file:
+            files[path] = file.read()
+    files.pop('meta.json', None)  # only our own code writes it
+    return files
+
+
+def check(target, files, number):
+    """Damage one of the files and read them. Returns whether that went well."""
+    rng = random.Random(number)
+    damaged = rng.choice(sorted(files))
+    for path, data in files.items():
+        with open(path, 'wb') as file:
+            file.write(damage(data, rng) if path == damaged else data)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            globals()[f'read_{target}']()
+    except UserError as error:
+        assert '\n' not in str(error)
+        return False
+    return True
 
 
 def main(argv):
     config = configurator.load(Config, argv)
-    folder = os.path.abspath(os.path.join(config.out_dir, config.target))
-    os.makedirs(folder, exist_ok=True)
-    target = Target(config.target)
-
-    def check(data):
-        faulthandler.dump_traceback_later(60, exit=True)  # a hang is a finding
-        target.check(data)
-
-    if atheris:
-        atheris.Setup([sys.argv[0], f'-runs={config.inputs}', f'-seed={config.seed}',
-                       '-max_len=200', '-len_control=0', f'-artifact_prefix={folder}/'], check)
-        atheris.Fuzz()  # ends the process
-    for i, data in enumerate(inputs(config.inputs, config.seed)):
-        path = os.path.join(folder, f'crash-{i}')
-        with open(path, 'wb') as file:
-            file.write(data)
-        check(data)
-        os.remove(path)
-    print(f'{config.target}: {config.inputs:,} inputs, {target.n_read:,} of them read')
+    n_read = 0
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        files = make(config.target)
+        for number in range(config.first, config.first + config.inputs):
+            try:
+                n_read += check(config.target, files, number)
+            except Exception as error:
+                error.add_note(f'Found with --first={number}.')
+                raise
+    print(f'{config.target}: {config.inputs:,} inputs, {n_read:,} of them read')
 
 
 if __name__ == '__main__':
