@@ -2,7 +2,7 @@
 import csv
 import dataclasses
 import hashlib
-import importlib.util
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -18,13 +18,21 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), 'shared')  # real data beside the repository, if any
 sys.path.insert(0, ROOT)
-# The models here are tiny: a second thread gains nothing, and two of them wait for each other.
+# The models here are tiny: a second thread gains nothing.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 if os.path.isdir(os.path.join(SHARED, 'tiktoken')):
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', os.path.join(SHARED, 'tiktoken'))
 
-from core import conversation, readback, tokenfile, tokenizer
+import tokenizers
+import torch
+from torch.utils import _pytree
+
+import configurator
+import train
+from core import checkpoint, conversation, readback, runlog, tokenfile, tokenizer
 from core.conversation import Turn
+from core.trainer import Trainer
+from model import GPT, GPTConfig
 
 JAPAN = [Turn('user', 'What is the capital of Japan?'), Turn('assistant', 'Tokyo.')]
 TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.',
@@ -51,7 +59,7 @@ class Payload:
 def gpt2():
     """GPT-2's own vocabulary with the tags, if tiktoken has it in its cache."""
     default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR') or default
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR', default)
     name = hashlib.sha1(tokenizer.GPT2_MERGES.encode()).hexdigest()
     if not os.path.exists(os.path.join(cache, name)):
         pytest.skip(f"GPT-2's vocab.bpe is not in tiktoken's cache, {cache}")
@@ -61,17 +69,11 @@ def gpt2():
 @pytest.fixture(scope='session')
 def learn(tmp_path_factory):
     """A function that learns a vocabulary from texts and returns the path of its tokenizer.json."""
-    import tokenizers
-
     def run(texts, vocab_size, special=()):
         path = str(tmp_path_factory.mktemp('vocabulary') / 'tokenizer.json')
-        byte_level = tokenizers.pre_tokenizers.ByteLevel
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        bpe.pre_tokenizer = byte_level(add_prefix_space=False)
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=byte_level.alphabet(),
-            special_tokens=list(special))
-        bpe.train_from_iterator(texts, trainer)
+        bpe = tokenizers.ByteLevelBPETokenizer()
+        bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False,
+                                special_tokens=list(special))
         bpe.save(path)
         return path
     return run
@@ -94,16 +96,8 @@ def real_trees():
     """The path of 100 real OpenAssistant trees."""
     path = pathlib.Path(SHARED, 'data', 'oasst', 'en_100_tree.jsonl')
     if not path.exists():
-        pytest.skip(f'{path.name}, 100 real trees, is not in {path.parent}')
+        pytest.skip(f'{path} is not there')
     return path
-
-
-def write_data(folder, bpe, splits, template='xml'):
-    """A prepared folder of {split: [conversations, lists of turns]}."""
-    encoded = {}
-    for split, conversations in splits.items():
-        encoded[split] = [conversation.encode(turns, bpe, template)[:2] for turns in conversations]
-    tokenfile.write(str(folder), encoded, {'template': template, 'tokenizer': bpe.state()})
 
 
 def read_back(folder, name='train'):
@@ -117,18 +111,21 @@ def read_back(folder, name='train'):
 @pytest.fixture(scope='session')
 def data(tmp_path_factory, learn):
     """A folder of small data sets: colours, unvalidated, and alien with another vocabulary."""
+    texts = [' '.join(WORDS)] * 20
+    bpe = tokenizer.load(learn(texts, 300))
     splits = {'train': [], 'val': []}  # 61 and 8 conversations
     for i in range(69):
         words = [WORDS[(i * k + k) % len(WORDS)] for k in range(3, 6 + i % 9)]
         turns = [Turn('user', ' '.join(words)), Turn('assistant', ' '.join(reversed(words)))]
-        splits['val' if i % 8 == 7 else 'train'].append(turns)
-    bpe = tokenizer.load(learn([' '.join(WORDS)] * 20, 300))
-    another = tokenizer.load(learn([' '.join(WORDS)] * 20, 290))
-    base = tmp_path_factory.mktemp('data')
-    write_data(base / 'colours', bpe, splits)
-    write_data(base / 'unvalidated', bpe, {'train': splits['train'][:20], 'val': []})
-    write_data(base / 'alien', another, splits)
-    return str(base)
+        ids, mask, _ = conversation.encode(turns, bpe)
+        splits['val' if i % 8 == 7 else 'train'].append((ids, mask))
+    base = str(tmp_path_factory.mktemp('data'))
+    meta = {'template': 'xml', 'tokenizer': bpe.state()}
+    tokenfile.write(f'{base}/colours', splits, meta)
+    tokenfile.write(f'{base}/unvalidated', {'train': splits['train'][:20], 'val': []}, meta)
+    meta['tokenizer'] = tokenizer.load(learn(texts, 290)).state()
+    tokenfile.write(f'{base}/alien', splits, meta)
+    return base
 
 
 # ---- models ----
@@ -138,9 +135,6 @@ VOCAB_SIZE = 211
 
 def tiny(**changes):
     """A small random model, with biases and norms away from 0 and 1, so that each counts."""
-    import torch
-
-    from model import GPT, GPTConfig
     shape = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 48, 'vocab_size': VOCAB_SIZE}
     torch.manual_seed(0)
     model = GPT(GPTConfig(**shape | changes))
@@ -170,25 +164,16 @@ class Conversations:
 
 @pytest.fixture(scope='session')
 def save_model():
-    """A function that saves a checkpoint of a tiny random model, and returns its folder.
-
-    steps: how many to train it first, on the answer to what Japan's capital is.
-    """
-    import torch
-
-    from core import checkpoint
-    from model import GPT, GPTConfig
-
+    """A function that saves a tiny model, trained on JAPAN for `steps`, and returns its folder."""
     def run(folder, bpe, template='xml', steps=0, **shape):
         torch.manual_seed(0)
         shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 64} | shape
         model = GPT(GPTConfig(vocab_size=bpe.vocab_size, **shape))
-        if steps:  # torch imports a lot for it
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ids, mask, _ = conversation.encode(JAPAN, bpe, template)
+        ids = torch.tensor(ids.astype(int))
+        learned = torch.tensor(mask[1:] == 1)
         for _ in range(steps):
-            ids, mask, _ = conversation.encode(JAPAN, bpe, template)
-            ids = torch.tensor(ids.astype(int))
-            learned = torch.tensor(mask[1:] == 1)
             logits = model(ids[None, :-1])[0]
             torch.nn.functional.cross_entropy(logits[learned], ids[1:][learned]).backward()
             optimizer.step()
@@ -222,25 +207,20 @@ def flags(data, out_dir, **changes):
 
 def run(data, out_dir, **changes):
     """Train in this process; returns the last Checkpoint."""
-    import train
-    from core import checkpoint
     train.main(flags(data, out_dir, **changes))
     return checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 
 
 def resume(out_dir, **changes):
     """Go on with the run in out_dir in this process; returns the last Checkpoint."""
-    import train
-    from core import checkpoint
-    changed = [f'--{key}={value}' for key, value in changes.items()]
-    train.main(['--init_from=resume', f'--out_dir={out_dir}', *changed])
+    changes = {'init_from': 'resume', 'out_dir': out_dir} | changes
+    train.main([f'--{key}={value}' for key, value in changes.items()])
     return checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
     """A function: all runs from now on stop after step n, as if by a signal; 0 lets them go on."""
-    from core.trainer import Trainer
     step = Trainer.train_step
 
     def stop(n):
@@ -254,7 +234,6 @@ def stop_after(monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw no loss.png, which takes longer than they do."""
-    from core import runlog
     monkeypatch.setattr(runlog, 'plot', lambda out_dir: False)
 
 
@@ -275,25 +254,17 @@ def log_of(out_dir):
     return rows
 
 
-def assert_same_bits(one, two, path=''):
+def assert_same_bits(one, two):
     """Two nested values have equal keys, lengths, numbers and tensors."""
-    import torch
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), path
-        for key in one:
-            assert_same_bits(one[key], two[key], f'{path}/{key}')
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), path
-        for i in range(len(one)):
-            assert_same_bits(one[i], two[i], f'{path}/{i}')
-    else:
-        same = torch.equal(one, two) if torch.is_tensor(one) else one == two
-        assert same, (path, one, two)
+    leaves, form = _pytree.tree_flatten(one)
+    others, other_form = _pytree.tree_flatten(two)
+    assert form == other_form
+    for a, b in zip(leaves, others, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def assert_same_run(one, two):
     """Two folders hold the same run, bit for bit, but for its keys and the time it took."""
-    from core import checkpoint
     for name in ('ckpt.pt', 'best.pt'):
         contents = []
         for folder in (one, two):
@@ -324,24 +295,15 @@ def script(tmp_path):
 
 @pytest.fixture
 def load_script(monkeypatch):
-    """A function that executes a script of the repository anew and returns its module."""
+    """A function that imports a script of the repository by its path."""
     def run(path):
-        whole = os.path.join(ROOT, path)
-        monkeypatch.syspath_prepend(os.path.dirname(whole))
-        name = path.removesuffix('.py').replace('/', '_')
-        spec = importlib.util.spec_from_file_location(name, whole)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
+        monkeypatch.syspath_prepend(os.path.dirname(os.path.join(ROOT, path)))
+        return importlib.import_module(path.removesuffix('.py').replace('/', '.'))
     return run
 
 
 def train_here(argv, output, cwd, environment):
     """In a new process: run train.py, with all that it prints at the end of the file `output`."""
-    import configurator
-    import train
-    from core import runlog
     runlog.plot = lambda out_dir: None
     os.environ.update(environment)
     os.chdir(cwd)
@@ -354,11 +316,8 @@ def train_here(argv, output, cwd, environment):
 
 @pytest.fixture
 def start():
-    """A function that starts n processes of train.py that train together, as torchrun would.
-
-    Returns multiprocessing's Processes. They are forks of one that has imported torch already,
-    and what torch's optimizers import: seconds faster than `python train.py`.
-    """
+    """A function that starts n processes of train.py that train together, as torchrun would."""
+    # Forks of a process that has imported torch already: seconds faster than `python train.py`.
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(['train', 'torch._dynamo'])
     started = []
@@ -368,12 +327,12 @@ def start():
             free.bind(('127.0.0.1', 0))
             port = str(free.getsockname()[1])
         processes = []
-        for rank in range(n):
-            environment = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(n),
+        for rank in map(str, range(n)):
+            environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(n),
                            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-            arguments = (argv, str(output), cwd, environment)
-            processes.append(server.Process(target=train_here, args=arguments))
-            processes[-1].start()
+            process = server.Process(target=train_here, args=(argv, output, cwd, environment))
+            process.start()
+            processes.append(process)
         started.extend(processes)
         return processes
     yield run
