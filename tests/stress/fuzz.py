@@ -22,21 +22,21 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import configurator
 from configurator import Count, Natural, UserError
 from core import checkpoint, tokenfile, tokenizer
-from core.conversation import Turn, encode
 from core.generate import Sampling, generate
 from core.readback import decode
 from data.oasst import prepare as oasst
 from model import GPT, GPTConfig
 
-TARGETS = ('oasst', 'vocabulary', 'data', 'checkpoint')
+# The file that is damaged.
+TARGETS = {'oasst': 'source', 'vocabulary': 'tokenizer.json', 'checkpoint': 'ckpt.pt'}
 SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
-PIECES = [b'', b'\n', b'"', b'{', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
+PIECES = [b'', b'\n', b'"', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
 VALUES = [None, True, -1, 0.5, float('nan'), '', '\0', '\ud800', '\n', [], {}, [None], {'': None}]
 
 
 @dataclass(frozen=True)
 class Config:
-    target: Literal[TARGETS] = 'oasst'  # what is damaged and read
+    target: Literal[*TARGETS] = 'oasst'  # what is damaged and read
     inputs: Count = 20_000     # how many
     first: Natural = 0         # number of the first of them
 
@@ -95,7 +95,6 @@ def message(name, role, *replies):
 
 def make_oasst():
     make_vocabulary()
-    os.rename('tokenizer.json', '.small.json')  # a hidden file is not damaged
     answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
     with open('source', 'w') as file:
         for name in 'uvw':
@@ -107,7 +106,7 @@ def read_oasst():
     """Whole token files that read back and whose counts add up, or those of before, untouched."""
     before = {path: os.stat(path).st_ino for path in glob.glob('out/*')}
     try:
-        oasst.main(['--input=source', '--out_dir=out', '--tokenizer=.small.json', '--turns=all'])
+        oasst.main(['--input=source', '--out_dir=out', '--tokenizer=tokenizer.json'])
     except UserError:
         assert before == {path: os.stat(path).st_ino for path in glob.glob('out/*')}
         raise
@@ -119,22 +118,6 @@ def read_oasst():
         for i in range(len(split)):
             assert decode(*split[i], SMALL, meta['template'])
     assert n == meta['kept'] == meta['seen'] - sum(meta['dropped'].values()) > 0
-
-
-def make_data():
-    found = []
-    for n in range(4):
-        turns = [Turn('user', 'x' * n), Turn('assistant', 'y' * n)]
-        found.append(encode(turns, SMALL)[:2])
-    tokenfile.write('.', {'train': found}, {'template': 'xml', 'tokenizer': SMALL.state()})
-
-
-def read_data():
-    bpe = tokenizer.from_state(tokenfile.read_meta('.')['tokenizer'])
-    split = tokenfile.Split(['.'], 'train', vocab_size=bpe.vocab_size)
-    for i in range(len(split)):
-        ids, mask = split[i]
-        assert len(ids) == len(mask) > 0 and ids.max() < bpe.vocab_size
 
 
 def make_checkpoint():
@@ -154,23 +137,16 @@ def read_checkpoint():
 # ---- running ----
 
 def make(target):
-    """Write the target's files into the current folder; returns {name: bytes}."""
+    """Write the target's files into the current folder; returns the bytes of the one to damage."""
     globals()[f'make_{target}']()
-    files = {}
-    for path in glob.glob('*'):
-        with open(path, 'rb') as file:
-            files[path] = file.read()
-    files.pop('meta.json', None)  # only our own code writes it
-    return files
+    with open(TARGETS[target], 'rb') as file:
+        return file.read()
 
 
-def check(target, files, number):
-    """Damage one of the files and read them. Returns whether that went well."""
-    rng = random.Random(number)
-    damaged = rng.choice(sorted(files))
-    for path, data in files.items():
-        with open(path, 'wb') as file:
-            file.write(damage(data, rng) if path == damaged else data)
+def check(target, data, number):
+    """Read the file with some damage. Returns whether it could be read."""
+    with open(TARGETS[target], 'wb') as file:
+        file.write(damage(data, random.Random(number)))
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             globals()[f'read_{target}']()
@@ -184,10 +160,10 @@ def main(argv):
     config = configurator.load(Config, argv)
     n_read = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        files = make(config.target)
+        data = make(config.target)
         for number in range(config.first, config.first + config.inputs):
             try:
-                n_read += check(config.target, files, number)
+                n_read += check(config.target, data, number)
             except Exception as error:
                 error.add_note(f'Found with --first={number}.')
                 raise
