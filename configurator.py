@@ -81,9 +81,8 @@ def evaluate(node):
 
 def read_config_file(name):
     """Yield (key, syntax tree of its value, where it is) for each line key = value."""
-    path = name
-    if not os.path.isfile(path):
-        path = os.path.join(REPOSITORY, name)  # so that the scripts work from any folder
+    # A file beside the scripts is found from any folder.
+    path = name if os.path.isfile(name) else os.path.join(REPOSITORY, name)
     try:
         with open(path, 'rb') as file:
             lines = ast.parse(file.read(), name).body
@@ -119,10 +118,10 @@ def load(keys, argv, defaults=None, check=True):
     yields a sentence for each combination that cannot work; check=False skips it.
     """
     if '--help' in argv or '-h' in argv:
-        # The help is the docstring of the script and the class up to its first empty line.
-        print(inspect.getdoc(sys.modules[keys.__module__]))
+        # The docstring of the script, and the lines of the class up to the first empty one.
         lines = inspect.getsource(keys).partition(':\n')[2].partition('\n\n')[0]
-        print(f'\nKeys, as in --key=value:\n{lines.rstrip()}', flush=True)
+        docstring = inspect.getdoc(sys.modules[keys.__module__])
+        print(f'{docstring}\n\nKeys, as in --key=value:\n{lines.rstrip()}', flush=True)
         sys.exit(0)
     known = {field.name: field for field in fields(keys)}
     # A key that was saved and is no longer known is ignored.

@@ -82,13 +82,12 @@ def test_a_conversation_reads_back_as_it_went_in(template):
     check()
 
 
-@SETTINGS
-@given(TEXT, st.sampled_from(list(TEMPLATES)))
-def test_half_a_surrogate_pair_makes_no_ids_at_all(text, template):
+@pytest.mark.parametrize('template', TEMPLATES)
+def test_half_a_surrogate_pair_makes_no_ids_at_all(template):
     with pytest.raises(ValueError):
-        encode([Turn('user', text + '\ud800'), Turn('assistant', 'x')], BPE, template)
+        encode([Turn('user', 'a \ud800'), Turn('assistant', 'x')], BPE, template)
     with pytest.raises(UserError, match='the prompt cannot be used'):
-        sample.ask_once(sample.Config(user=text + '\ud800'), SimpleNamespace(tokenizer=BPE), 'xml')
+        sample.ask_once(sample.Config(user='\ud800'), SimpleNamespace(tokenizer=BPE), template)
 
 
 def test_nobody_gets_a_turn_that_is_not_theirs(monkeypatch, capsys):
