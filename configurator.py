@@ -52,8 +52,10 @@ def check_value(value, field):
         raise ValueError(f'found {value!r}, expected a value like {field.default!r}')
     if get_origin(field.type) is Annotated:
         low, high = get_args(field.type)[1]
-        if not low <= value <= high:
-            raise ValueError(f'found {value}, expected at least {low:,}, at most {high:,}')
+        if value < low:
+            raise ValueError(f'found {value!r}, expected at least {low:,}')
+        if value > high:
+            raise ValueError(f'found {value!r}, expected at most {high:,}')
     choices = get_args(field.type)
     if get_origin(field.type) is Literal and value not in choices:
         words = ', '.join(filter(None, choices))
