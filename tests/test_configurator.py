@@ -100,7 +100,7 @@ NO_LINE = 'expected key = value. A config file is read, never executed.'
     ('--batch_size=9**9**9', LITERAL), ('--batch_size=1//0', 'by zero'),
     ('--compile=1', 'found 1, expected a value like False'), ('--learning_rate=-0.1', 'at least 0'),
     ('--batch_size=0', 'batch_size on the command line: found 0, expected at least 1'),
-    ('--dropout=1', 'found 1.0, expected at most 0.9999'), ('--loss_on=al', "'al', expected one of all"),
+    ('--dropout=1', 'expected at most 0.9999'), ('--loss_on=al', "'al', expected one of all"),
     ('--batch_sise=4', "unknown key 'batch_sise' on the command line. Did you mean 'batch_size'?"),
     ('--batch-size=4', "Did you mean 'batch_size'?"), ('-batch_size=4', 'written --key=value'),
     ('config/none.py', 'config file config/none.py cannot be read: [Errno 2] No such file')])
