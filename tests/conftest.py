@@ -2,7 +2,7 @@
 import csv
 import dataclasses
 import hashlib
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import pathlib
@@ -295,10 +295,15 @@ def script(tmp_path):
 
 @pytest.fixture
 def load_script(monkeypatch):
-    """A function that imports a script of the repository by its path."""
+    """A function that executes a script of the repository anew and returns its module."""
     def run(path):
-        monkeypatch.syspath_prepend(os.path.dirname(os.path.join(ROOT, path)))
-        return importlib.import_module(path.removesuffix('.py').replace('/', '.'))
+        path = os.path.join(ROOT, path)
+        monkeypatch.syspath_prepend(os.path.dirname(path))
+        spec = importlib.util.spec_from_file_location('anew', path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, 'anew', module)
+        spec.loader.exec_module(module)
+        return module
     return run
 
 
