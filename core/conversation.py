@@ -10,9 +10,10 @@ The loss mask is 1 on what the assistant must produce, its text and what ends it
 Sources: the recipes in the README; prompts of https://github.com/tatsu-lab/stanford_alpaca
 """
 import codecs
+import math
 import re
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -29,21 +30,18 @@ class Turn(NamedTuple):
 
 
 class Special(str):
-    """A piece that is one token of its own, never made from a message's text."""
+    """A piece that is one token, never made from a message's text."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written: opening, then each turn, then closing.
-
-    Each is a tuple of special tokens and of text; {text} and {context} stand for the turn's.
-    """
-    user: tuple
-    assistant: tuple
+    """How a conversation is written, in special tokens and text: opening, turns, closing."""
+    user: tuple  # {text} and {context} stand for the turn's
+    assistant: tuple  # the last two are the answer's text and the token that ends it
     user_with_context: tuple = ()  # by default the context is put below the text
     opening: tuple = ()
     closing: tuple = ()
-    headings: tuple = ()  # text that a message must not contain, because it would forge the form
+    headings: tuple = ()  # a message that contains one is refused: it would forge the form
 
     @property
     def tags(self):
@@ -51,55 +49,46 @@ class Template:
         return self.assistant[0] in TAGS
 
     @property
-    def stops(self):
-        """The special tokens that end an answer, the usual one first."""
-        return tuple(dict.fromkeys((self.assistant[-1], END_OF_TEXT)))
-
-    @property
     def lead(self):
         """What stands before an answer's text without belonging to it: a space or nothing."""
-        before, = (part for part in self.assistant if '{text}' in part)
-        return before.removesuffix('{text}')
+        return self.assistant[-2].removesuffix('{text}')
 
     def turn(self, turn):
-        """The turn as pieces [(text or Special, supervised)]; ValueError if it forges the form."""
+        """The turn as pieces, [(text or Special, supervised), …]."""
         parts = self.assistant
+        text = turn.text
         if turn.role == 'user':
             parts = self.user
+            for heading in self.headings:
+                if heading in f'\n\n{text}\n\n{turn.context}\n':
+                    raise ValueError(f'the message contains the heading {heading.strip()!r}')
             if turn.context and self.user_with_context:
                 parts = self.user_with_context
-            for heading in self.headings:
-                if heading in f'\n\n{turn.text}\n\n{turn.context}\n':
-                    raise ValueError(f'the message contains the heading {heading.strip()!r}')
+            elif turn.context:
+                text = f'{text}\n\n{turn.context}'
         # Everything from the answer's text on is supervised, its end included.
         pieces = []
         supervised = False
         for part in parts:
+            piece = Special(part)
             if '{text}' in part:
+                piece = part.format(text=text, context=turn.context)
                 supervised = turn.role == 'assistant' and turn.supervised
-                pieces.append((fill(part, turn), supervised))
-            else:
-                pieces.append((Special(part), supervised))
+            pieces.append((piece, supervised))
         return pieces
-
-
-def fill(form, turn):
-    """The form with the turn in it. Not str.format: the message may contain braces."""
-    before, after = form.split('{text}')
-    if '{context}' in after:
-        return before + turn.text + after.replace('{context}', turn.context)
-    if turn.context:
-        return f'{before}{turn.text}\n\n{turn.context}{after}'
-    return before + turn.text + after
 
 
 # Stanford's prompts: https://github.com/tatsu-lab/stanford_alpaca
 TASK = 'Below is an instruction that describes a task'
-TASK_WITH_INPUT = f'{TASK}, paired with an input that provides further context'
-REQUEST = 'Write a response that appropriately completes the request.'
+INPUT = ', paired with an input that provides further context'
+REQUEST = '. Write a response that appropriately completes the request.\n\n'
 SECTIONS = '### Instruction:\n{text}\n\n### Response:\n'
 SECTIONS_WITH_INPUT = '### Instruction:\n{text}\n\n### Input:\n{context}\n\n### Response:\n'
-HEADINGS = ('\n\n### Instruction:\n', '\n\n### Input:\n', '\n\n### Response:\n')
+ALPACA = Template(
+    user=(TASK + REQUEST + SECTIONS,),
+    user_with_context=(TASK + INPUT + REQUEST + SECTIONS_WITH_INPUT,),
+    assistant=('{text}', END_OF_TEXT),
+    headings=('\n\n### Instruction:\n', '\n\n### Input:\n', '\n\n### Response:\n'))
 
 # To add a template, add it here: everything else follows from the object.
 TEMPLATES = {
@@ -108,17 +97,10 @@ TEMPLATES = {
         assistant=('<assistant>', '{text}', '</assistant>'),
         opening=('<conversation>',),
         closing=('</conversation>', END_OF_TEXT)),
-    'alpaca': Template(
-        user=(f'{TASK}. {REQUEST}\n\n{SECTIONS}',),
-        user_with_context=(f'{TASK_WITH_INPUT}. {REQUEST}\n\n{SECTIONS_WITH_INPUT}',),
-        assistant=('{text}', END_OF_TEXT),
-        headings=HEADINGS),
+    'alpaca': ALPACA,
     # Without the first sentences.
-    'alpaca-short': Template(
-        user=(SECTIONS,),
-        user_with_context=(SECTIONS_WITH_INPUT,),
-        assistant=('{text}', END_OF_TEXT),
-        headings=HEADINGS),
+    'alpaca-short': replace(
+        ALPACA, user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
     'plain': Template(
         user=('{text}',),
         user_with_context=('{text} {context}',),
@@ -134,12 +116,52 @@ TEMPLATES = {
 }
 
 
-# ---- conversations to ids ----
+def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
+    """ids (n,) uint16, loss mask (n,) uint8, and how many turns are not whole in them.
 
-def encode_pieces(pieces, tokenizer):
-    """[(ids, supervised), …] of pieces."""
+    A conversation that is too long loses whole turns from the end, so that it ends with an answer.
+    With `cut`, the beginning of the next answer is kept, as far as it fits. (None, None,
+    len(turns)) if nothing supervised is left. ValueError for text that cannot be encoded, or that
+    would forge the template's form.
+    """
+    form = TEMPLATES[template]
+    opening = [([tokenizer.special[tag]], False) for tag in form.opening]
+    closing = [([tokenizer.special[tag]], False) for tag in form.closing]
+    body = [encode_turn(turn, tokenizer, form) for turn in turns]
+
+    # Drop turns from the end until the rest fits and ends with an answer.
+    lengths = [sum(len(ids) for ids, _ in pieces) for pieces in body]
+    n_tokens = len(opening) + sum(lengths) + len(closing)
+    n = len(turns)
+    while n and n_tokens > max_tokens:
+        n -= 1
+        n_tokens -= lengths[n]
+    while 0 < n < len(turns) and turns[n - 1].role == 'user':
+        n -= 1
+    ids, mask = join([opening, *body[:n], closing])
+
+    # Instead of closing, begin the next answer, if something that is learned of it fits.
+    roles = [turn.role for turn in turns[n:]]
+    if cut and 'assistant' in roles:
+        answer = n + roles.index('assistant')
+        begun, begun_mask = join([opening, *body[:answer + 1]])
+        # Without the token that ends it, and not up to the middle of a character.
+        size = min(max_tokens, len(begun) - 1)
+        while size and begun_mask[size - 1] and ends_inside_character(begun[:size], tokenizer):
+            size -= 1
+        if begun_mask[:size].sum() > mask.sum():
+            ids = begun[:size]
+            mask = begun_mask[:size]
+            n = answer
+    if n < len(turns) and not mask.any():
+        return None, None, len(turns)
+    return ids, mask, len(turns) - n
+
+
+def encode_turn(turn, tokenizer, form):
+    """The turn as [(ids, supervised), …]."""
     encoded = []
-    for piece, supervised in pieces:
+    for piece, supervised in form.turn(turn):
         if isinstance(piece, Special):
             encoded.append(([tokenizer.special[piece]], supervised))
         else:
@@ -147,115 +169,39 @@ def encode_pieces(pieces, tokenizer):
     return encoded
 
 
-def encode(turns, tokenizer, template='xml', max_tokens=None, cut=False):
-    """ids (n,) uint16, loss mask (n,) uint8, and how many turns are not whole in them.
-
-    A conversation that is too long loses whole turns from the end, so that it still ends on the
-    assistant. With `cut`, the beginning of the next answer is kept, as far as it fits, without its
-    end. (None, None, len(turns)) if no supervised answer is left. ValueError for text that cannot
-    be encoded or would forge the template's form.
-    """
-    form = TEMPLATES[template]
-    body = [encode_pieces(form.turn(turn), tokenizer) for turn in turns]
-    lengths = [sum(len(ids) for ids, _ in turn) for turn in body]
-    n = len(form.opening) + sum(lengths) + len(form.closing)
-    # Drop turns from the end until the rest fits and ends with an answer.
-    n_kept = len(turns)
-    if max_tokens is not None:
-        while n > max_tokens and n_kept:
-            n_kept -= 1
-            n -= lengths[n_kept]
-            while n_kept and turns[n_kept - 1].role != 'assistant':
-                n_kept -= 1
-                n -= lengths[n_kept]
-    pieces = [([tokenizer.special[piece]], False) for piece in form.opening]
-    for turn in body[:n_kept]:
-        pieces += turn
-    beginning = []
-    if cut and n_kept < len(turns):
-        beginning = begin_answer(turns, body, n_kept, max_tokens - n + len(form.closing), tokenizer)
-    if beginning:
-        pieces += beginning
-        while turns[n_kept].role == 'user':
-            n_kept += 1  # it is whole
-    else:
-        pieces += [([tokenizer.special[piece]], False) for piece in form.closing]
-    n = sum(len(ids) for ids, _ in pieces)
-    # One array for all pieces, and the mask beside it.
-    ids = np.empty(n, np.uint16)
-    mask = np.zeros(n, np.uint8)
-    at = 0
-    for piece_ids, supervised in pieces:
-        end = at + len(piece_ids)
-        ids[at:end] = piece_ids
-        mask[at:end] = supervised
-        at = end
-    if n_kept < len(turns) and not mask.any():
-        return None, None, len(turns)
-    return ids, mask, len(turns) - n_kept
+def join(parts):
+    """The ids and the loss mask of lists of encoded pieces, one after another."""
+    pieces = [([], False), *chain.from_iterable(parts)]
+    ids = np.concatenate([ids for ids, _ in pieces], dtype=np.uint16, casting='unsafe')
+    flags = np.array([supervised for _, supervised in pieces], np.uint8)
+    return ids, flags.repeat([len(ids) for ids, _ in pieces])
 
 
-def begin_answer(turns, body, first, room, tokenizer):
-    """The encoded pieces of the turns from `first` on up to as much of the next answer as fits.
-
-    [] if none of it does, or if it is not supervised.
-    """
-    pieces = []
-    for turn, encoded in zip(turns[first:], body[first:]):
-        if turn.role == 'user':
-            pieces += encoded
-            continue
-        # The last piece is what ends the answer.
-        *lead, (text, supervised), _ = encoded
-        pieces += lead
-        room -= sum(len(ids) for ids, _ in pieces)
-        text = text[:max(room, 0)]
-        while len(text) and b'\xef\xbf\xbd' in tokenizer.decode(text[-4:]).encode()[-3:]:
-            # This token ends inside a character.
-            text = text[:-1]
-        return pieces + [(text, True)] if supervised and len(text) else []
-    return []
+def ends_inside_character(ids, tokenizer):
+    """Whether text is torn at the end of the ids. A character has four tokens at most."""
+    return tokenizer.decode(ids[-4:]).endswith('\ufffd')
 
 
 def prompt(turns, tokenizer, template='xml'):
-    """The ids (list) after which the model is to write the assistant's next turn.
-
-    They are exactly the ids that `encode` puts before the first token of that answer.
-    """
-    form = TEMPLATES[template]
-    pieces = [(Special(piece), False) for piece in form.opening]
-    for turn in turns:
-        pieces += form.turn(turn)
-    answer = form.turn(Turn('assistant', ''))
-    pieces += takewhile(lambda piece: not piece[1], answer)
-    found = []
-    for ids, _ in encode_pieces(pieces, tokenizer):
-        found += [int(i) for i in ids]
-    return found
+    """The ids (list) that `encode` puts before the text of the assistant's next turn."""
+    before = [turn._replace(supervised=False) for turn in turns]
+    ids, mask, _ = encode([*before, Turn('assistant', '')], tokenizer, template)
+    return ids[:mask.argmax()].tolist()
 
 
 def recent(turns, tokenizer, template, n_tokens):
-    """The turns without the oldest exchanges, so that `prompt` has at most n_tokens.
-
-    The last turn always stays.
-    """
-    lengths = []
-    for turn in turns:
-        pieces = encode_pieces(TEMPLATES[template].turn(turn), tokenizer)
-        lengths.append(sum(len(ids) for ids, _ in pieces))
-    n = len(prompt([], tokenizer, template)) + sum(lengths)
+    """The last turns, without the oldest exchanges, whose `prompt` has at most n_tokens."""
+    n_form = len(prompt([], tokenizer, template))
+    lengths = [len(prompt([turn], tokenizer, template)) - n_form for turn in turns]
     first = 0
-    while n > n_tokens and len(turns) - first > 2:
-        n -= lengths[first] + lengths[first + 1]
+    while n_form + sum(lengths[first:]) > n_tokens and len(turns) - first > 2:
         first += 2
     return turns[first:]
 
 
-# ---- answers ----
-
 def stop_ids(tokenizer, template='xml'):
     """The ids that end an answer, of those that the tokenizer has."""
-    stops = TEMPLATES[template].stops
+    stops = (TEMPLATES[template].assistant[-1], END_OF_TEXT)
     return {tokenizer.special[piece] for piece in stops if piece in tokenizer.special}
 
 
@@ -285,8 +231,6 @@ def answer_text(ids, tokenizer, template='xml'):
     ids = list(takewhile(lambda i: i not in stops, ids))
     return AnswerText(tokenizer, template).add(ids, final=True)
 
-
-# ---- as text, to look at ----
 
 # A literal tag in a message gets a backslash: <user> is shown as <\user>, and <\user> as
 # <\\user>, so that the text reads back as it was.

@@ -60,7 +60,7 @@ def contents(opened, dtype):
     dropout = opened.model.config.dropout
     # llama.cpp and others know one token that ends an answer. If it were <|endoftext|>, they
     # would write on after </assistant>; at <|endoftext|> they stop anyway.
-    eos = TEMPLATES[opened.template].stops[0]
+    eos = TEMPLATES[opened.template].assistant[-1]
     ids = {
         'bos_token_id': tokenizer.end_of_text,
         'pad_token_id': tokenizer.end_of_text,
