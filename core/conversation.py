@@ -7,7 +7,6 @@ The template `xml`, its supervised tokens underlined:
     <conversation><user>Hi</user><assistant>Hello</assistant></conversation><|endoftext|>
                                              ~~~~~~~~~~~~~~~~~
 The loss mask is 1 on what the assistant must produce, its text and what ends it, and 0 elsewhere.
-Sources: the recipes in the README; prompts of https://github.com/tatsu-lab/stanford_alpaca
 """
 import codecs
 import math
@@ -145,13 +144,14 @@ def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
     if cut and 'assistant' in roles:
         answer = n + roles.index('assistant')
         begun, begun_mask = join([opening, *body[:answer + 1]])
-        # Without the token that ends it, and not up to the middle of a character.
-        size = min(max_tokens, len(begun) - 1)
-        while size and begun_mask[size - 1] and ends_inside_character(begun[:size], tokenizer):
-            size -= 1
-        if begun_mask[:size].sum() > mask.sum():
-            ids = begun[:size]
-            mask = begun_mask[:size]
+        # Without the token that ends the answer, and not up to the middle of a character.
+        begun = begun[:-1][:max_tokens]
+        while tokenizer.decode(begun[-4:]).endswith('\ufffd'):
+            begun = begun[:-1]
+        begun_mask = begun_mask[:len(begun)]
+        if begun_mask.sum() > mask.sum():
+            ids = begun
+            mask = begun_mask
             n = answer
     if n < len(turns) and not mask.any():
         return None, None, len(turns)
@@ -175,11 +175,6 @@ def join(parts):
     ids = np.concatenate([ids for ids, _ in pieces], dtype=np.uint16, casting='unsafe')
     flags = np.array([supervised for _, supervised in pieces], np.uint8)
     return ids, flags.repeat([len(ids) for ids, _ in pieces])
-
-
-def ends_inside_character(ids, tokenizer):
-    """Whether text is torn at the end of the ids. A character has four tokens at most."""
-    return tokenizer.decode(ids[-4:]).endswith('\ufffd')
 
 
 def prompt(turns, tokenizer, template='xml'):

@@ -6,7 +6,6 @@ float32 gives the same answers as the plain model. bfloat16 and int8 round the w
 answer may differ; tests/test_decoding_weights.py says by how much.
 """
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -15,14 +14,11 @@ import torch.nn.functional as F
 from configurator import UserError
 from core.device import pick_dtype
 
-DTYPES = ('auto', 'float32', 'bfloat16', 'float16', 'int8')
-
 
 class PackedLinear(nn.Module):
-    """nn.Linear with the weight in `dtype`, laid out once in the order oneDNN reads it.
+    """nn.Linear, float32 in and out, its weight in `dtype`, in the order in which oneDNN reads it.
 
-    F.linear lays it out again in each call, which for a few rows is most of the work. float32 goes
-    in and out: (N, in) -> (N, out). torch's own compiler uses the same operators.
+    F.linear would lay it out again in each call, which for a few rows is most of the work.
     """
 
     def __init__(self, weight, bias, dtype):
@@ -45,13 +41,12 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """nn.Linear with each row of the weight as int8 times its own scale.
 
-    Half the bytes of bfloat16. The error of a weight is at most 1/254 of its row's largest.
-    compiled: one row at a time goes through a kernel that torch.compile makes.
+    The error of a weight is at most 1/254 of its row's largest.
     """
 
-    def __init__(self, weight, bias, compiled=False):
+    def __init__(self, weight, bias, matvec=None):
         super().__init__()
-        self.compiled = compiled
+        self.matvec = matvec
         # The largest weight of each row becomes 127.
         weight = weight.detach().float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
@@ -62,8 +57,8 @@ class Int8Linear(nn.Module):
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
 
     def forward(self, x):
-        if len(x) == 1 and self.compiled:
-            return compiled_matvec()(x, self.weight, self.scale, self.bias)
+        if len(x) == 1 and self.matvec:
+            return self.matvec(x, self.weight, self.scale, self.bias)
         # The kernel reads the weight once for each row.
         if len(x) <= 4:
             y = torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.ones)
@@ -72,54 +67,53 @@ class Int8Linear(nn.Module):
         return torch.addcmul(self.bias, y.float(), self.scale)
 
 
-@lru_cache
-def compiled_matvec():
-    """A function that reads the weight (out, in) int8 once, at the speed of memory."""
-    def matvec(x, weight, scale, bias):
-        return ((weight.float() * x).sum(1) * scale + bias)[None]
-    return torch.compile(matvec, dynamic=True)
+def int8_matvec(x, weight, scale, bias):
+    """The product with one row x. Compiled, it reads the weight once, at the speed of memory."""
+    return ((weight.float() * x).sum(1) * scale + bias)[None]
 
 
 def prepare(model, device, dtype='auto', compiled=False):
     """Change the model in place into one to decode with; returns its dtype's name.
 
-    dtype: one of DTYPES; auto is bfloat16 on CUDA and float32 elsewhere. On a CPU only the weights
-    of linear layers are kept in it: embeddings, norms, attention and sums stay float32.
+    dtype: auto is bfloat16 on CUDA and float32 elsewhere. On a CPU only the weights of linear
+    layers are kept in it: embeddings, norms, attention and sums stay float32.
     """
-    # On a CPU bfloat16 would round the answers for little speed: it has to be asked for.
     if dtype == 'auto' and not device.startswith('cuda'):
         dtype = 'float32'
     if dtype == 'int8' and device != 'cpu':
         raise UserError(f'dtype=int8 is for the CPU, found {device}. Use --dtype=auto.')
     kind = torch.int8 if dtype == 'int8' else pick_dtype(dtype, device)
-    if device != 'cpu':
+    if device == 'cpu':
+        pack(model, kind, compiled)
+    else:
         # cuDNN's attention would be planned anew for every length: 20 to 40 ms a token.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        model.to(device, kind).eval()
+        model.to(device, kind)
         for p in model.parameters():
             # transformers' weights come as transposed views.
             p.data = p.data.contiguous()
-        return str(kind).removeprefix('torch.')
+    model.eval()
+    return str(kind).removeprefix('torch.')
 
-    def convert(weight, bias):
+
+def pack(model, kind, compiled):
+    """Replace the linear layers, and give the model one for the product with its embedding."""
+    matvec = torch.compile(int8_matvec, dynamic=True) if compiled else None
+
+    def convert(name):
+        part = model.get_submodule(name)
+        bias = getattr(part, 'bias', None)
         if kind == torch.int8:
-            return Int8Linear(weight, bias, compiled)
-        return PackedLinear(weight, bias, kind)
+            return Int8Linear(part.weight, bias, matvec)
+        return PackedLinear(part.weight, bias, kind)
 
     # One thread a matrix: half of the work is the kernel's, handing out memory.
+    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     n_threads = torch.get_num_threads()
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        unembed = pool.submit(convert, model.transformer.wte.weight, None)
-        converted = []
-        for block in model.transformer.h:
-            for part in (block.attn, block.mlp):
-                for name, linear in part.items():
-                    future = pool.submit(convert, linear.weight, linear.bias)
-                    converted.append((part, name, future))
-        for part, name, future in converted:
-            part[name] = future.result()
+        unembed = pool.submit(convert, 'transformer.wte')
+        for name, linear in zip(names, pool.map(convert, names)):
+            model.set_submodule(name, linear)
         model.unembed = unembed.result()
     # The pool's setting would hold for all later threads.
     torch.set_num_threads(n_threads)
-    model.eval()
-    return str(kind).removeprefix('torch.')

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from configurator import UserError
+from torch.nn.utils.rnn import pad_sequence
 
 
 class KVCache:
@@ -20,95 +19,65 @@ class KVCache:
         wte = model.transformer.wte.weight
         self.k = wte.new_zeros(c.n_layer, B, c.n_head, n_positions, size)
         self.v = torch.zeros_like(self.k)
-        # Filled positions of each text.
-        self.lengths = [0] * B
-        # Attention looks at the positions before this one.
-        self.end = 0
-        # What each new position may see, if causal does not say it.
-        self.mask = None
-        # (rows, positions) where the new keys and values go, if not at the end.
-        self.at = None
+        self.lengths = [0] * B  # filled positions of each text
 
     def __call__(self, layer, qkv):
         """Attention: qkv (B t, 3C) of the next t positions of each text -> (B t, C)."""
         _, B, n_head, _, size = self.k.shape
+        # Each of q, k and v is (B, n_head, t, size).
         q, k, v = qkv.view(B, -1, 3, n_head, size).permute(2, 0, 3, 1, 4)
-        # q, k and v are (B, n_head, t, size).
-        t = q.shape[2]
+        self.k[layer][self.at] = k
+        self.v[layer][self.at] = v
         keys = self.k[layer, :, :, :self.end]
         values = self.v[layer, :, :, :self.end]
-        # Write the new keys and values, then attend over all that are filled.
-        if self.at is None:
-            keys[:, :, -t:] = k
-            values[:, :, -t:] = v
-        else:
-            rows, positions = self.at
-            keys[rows, :, positions] = k[:, :, 0]
-            values[rows, :, positions] = v[:, :, 0]
-        causal = t > 1 and self.mask is None
+        causal = self.mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, keys, values, self.mask, is_causal=causal)
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
-    def step(self, model, idx):
-        """Feed idx (B, t), the next tokens of each text -> logits (B, vocab_size) after the last.
-
-        t > 1 only if all texts are equally long.
-        """
+    def feed(self, model, idx):
+        """Append idx (B, t), the next tokens of each text -> the stream after them (B, t, C)."""
         B, t = idx.shape
-        lengths = torch.tensor(self.lengths, device=idx.device)
-        self.end = max(self.lengths) + t
+        start = max(self.lengths)
+        self.end = start + t
+        positions = torch.tensor(self.lengths)[:, None] + torch.arange(t)  # (B, t)
+        positions = positions.to(idx.device)
+        # Where the new keys and values go; what each position sees, if neither all nor causal.
+        self.at = (slice(None), slice(None), slice(start, self.end))
         self.mask = None
-        self.at = None
-        seen = torch.arange(self.end, device=idx.device)
-        if len(set(self.lengths)) > 1:
-            # Each text writes at its own end and sees nothing of the unfilled positions behind it.
-            assert t == 1, (t, self.lengths)
-            self.mask = (seen <= lengths[:, None])[:, None, None]  # (B, 1, 1, end)
-            self.at = (torch.arange(B, device=idx.device), lengths)
-        elif t > 1 and self.lengths[0]:
-            # A further piece of a prompt: each position sees what is before it.
-            self.mask = seen <= seen[-t:, None]  # (t, end)
-        positions = lengths[:, None] + torch.arange(t, device=idx.device)
+        ragged = min(self.lengths) < start
+        if ragged:
+            row = torch.arange(B, device=idx.device)[:, None, None]
+            head = torch.arange(self.k.shape[2], device=idx.device)[:, None]
+            self.at = (row, head, positions[:, None])
+        if ragged or start and t > 1:
+            seen = torch.arange(self.end, device=idx.device)
+            self.mask = seen <= positions[:, None, :, None]  # (B, 1, t, end)
         x = model.body(idx.reshape(-1), positions.reshape(-1), self)
         self.lengths = [length + t for length in self.lengths]
-        return model.head(x.view(B, t, -1)[:, -1])
+        return x.view(B, t, -1)
+
+    def step(self, model, idx):
+        """Append idx (B, t), the next tokens of each text -> logits (B, vocab_size) after them."""
+        return model.head(self.feed(model, idx)[:, -1])
 
     def read(self, model, prompts):
-        """Fill the cache with the prompts -> logits (B, vocab_size) after each.
-
-        Prompts of equal length are read together.
-        """
+        """Fill the cache with the prompts, lists of ids -> logits (B, vocab_size) after each."""
+        # Shorter prompts are padded at the end, where nothing looks at the padding.
+        prompts = [torch.tensor(prompt, device=self.k.device) for prompt in prompts]
+        x = self.feed(model, pad_sequence(prompts, batch_first=True))
         self.lengths = [len(prompt) for prompt in prompts]
-        logits = [None] * len(prompts)
-        for length in set(self.lengths):
-            rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            idx = torch.tensor([prompts[i] for i in rows], device=self.k.device)
-            part = KVCache(model, len(rows), length)
-            found = part.step(model, idx)
-            self.k[:, rows, :, :length] = part.k
-            self.v[:, rows, :, :length] = part.v
-            for i, row in zip(rows, found):
-                logits[i] = row
-        return torch.stack(logits)
-
-    def repeat(self, n):
-        """Each text n times, so that n samples share the reading of their prompt."""
-        self.k = self.k.repeat_interleave(n, dim=1)
-        self.v = self.v.repeat_interleave(n, dim=1)
-        self.lengths = [length for length in self.lengths for _ in range(n)]
+        last = torch.tensor(self.lengths) - 1
+        return model.head(x[torch.arange(len(x)), last])
 
     def keep(self, rows):
-        """Only these texts, a list of row numbers."""
+        """Only these texts, a list of row numbers. A row may be there several times."""
         self.k = self.k[:, rows]
         self.v = self.v[:, rows]
         self.lengths = [self.lengths[row] for row in rows]
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: first the penalties, then temperature, top_k, top_p, min_p.
-
-    The first six are as transformers defines them, the last two as OpenAI does, over the answer.
-    """
+    """How the next token is chosen: as in transformers, and in OpenAI's API the last two."""
     temperature: float = 1.0  # below 1e-5: always the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
@@ -116,50 +85,48 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0  # over 1: tokens that are in the text become less likely
     no_repeat_ngram_size: int = 0  # n: no n tokens stand in the text twice; 0 allows all
     frequency_penalty: float = 0.0  # subtracted from a logit for each time the token was written
-    presence_penalty: float = 0.0  # subtracted once if the token was written
+    presence_penalty: float = 0.0  # subtracted once if the token was written in the answer
 
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, stops=()):
     """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
 
-    prompts: lists of ids, of any lengths. An answer ends with a token of `stops`, or when its
-    window is full: learned positions cannot be moved on. From then on the list has None for it.
-    The generator ends when all answers have, or after max_new_tokens.
+    An answer ends with a token of `stops`, or when its window is full: learned positions cannot
+    be moved on. From then on the list has None for it.
     """
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)
-    assert 0 < longest <= window and all(prompts), [len(prompt) for prompt in prompts]
-    # Samples of a prompt share the reading of it.
+    assert longest <= window and all(prompts), [len(prompt) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
     cache = KVCache(model, len(prompts), min(window, longest + max_new_tokens - 1))
-    logits = cache.read(model, prompts).repeat_interleave(num_samples, dim=0)
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are damaged, or it was "
-                        'trained with too high a learning rate.')
-    cache.repeat(num_samples)
+    logits = cache.read(model, prompts)
+    # Samples of a prompt share the reading of it.
+    rows = torch.arange(len(prompts)).repeat_interleave(num_samples).tolist()
+    cache.keep(rows)
+    logits = logits[rows]
+    texts = [(prompts[row], []) for row in rows]
     # The answer that each row of the cache belongs to.
-    answers = list(range(len(logits)))
-    texts = [(prompt, []) for prompt in prompts for _ in range(num_samples)]
+    answers = list(range(len(rows)))
     for step in range(max_new_tokens):
+        if step:
+            logits = cache.step(model, idx[:, None])
         idx = choose(logits.float(), sampling, generator, [texts[answer] for answer in answers])
-        tokens = idx.tolist()
-        found = [None] * len(texts)
-        open_rows = []
-        for row, (answer, token) in enumerate(zip(answers, tokens)):
-            found[answer] = token
-            texts[answer][1].append(token)
+        tokens = [None] * len(texts)
+        rows = []
+        for row, token in enumerate(idx.tolist()):
+            tokens[answers[row]] = token
+            texts[answers[row]][1].append(token)
             if token not in stops and cache.lengths[row] < window:
-                open_rows.append(row)
-        yield found
-        if not open_rows or step == max_new_tokens - 1:
-            return
+                rows.append(row)
+        yield tokens
         # Answers that have ended leave the batch.
-        if len(open_rows) < len(answers):
-            cache.keep(open_rows)
-            answers = [answers[row] for row in open_rows]
-            idx = idx[open_rows]
-        logits = cache.step(model, idx[:, None])
+        if not rows:
+            return
+        if len(rows) < len(answers):
+            cache.keep(rows)
+            answers = [answers[row] for row in rows]
+            idx = idx[rows]
 
 
 def choose(logits, sampling, generator=None, texts=()):
@@ -184,14 +151,12 @@ def choose(logits, sampling, generator=None, texts=()):
         logits, order = logits.sort(descending=True)
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        # The mass of all likelier tokens.
+        # The mass of all likelier tokens. The likeliest one always stays.
         before = probabilities.cumsum(-1) - probabilities
-        # The likeliest one always stays.
         before[:, 0] = -1
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    if sampling.min_p:
-        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < least, 0)
+        probabilities[before >= sampling.top_p] = 0
+    least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+    probabilities[probabilities < least] = 0
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     if order is not None:
         drawn = order.gather(-1, drawn)
