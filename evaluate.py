@@ -3,7 +3,7 @@
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
     python evaluate.py --models=out/oasst --quiz=questions.jsonl    # see formats/quiz.py
 
-Each model is asked in its own template. A model that was never tuned is asked in the template
+Each model is asked in its own template. One that was never tuned is asked in the template
 `question`, or in that of the data set if that needs no tags. The same seed gives the same report.
 """
 import json
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import configurator
-from configurator import Count, Natural, Positive, Seed, UserError
+from configurator import Count, Natural, NonNegative, Positive, Seed, UserError
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Config:
     quiz_size: Natural = 200     # how many of them to ask, drawn by the seed; 0 asks all
     # how to answer
     max_new_tokens: Count = 128  # the longest answer
-    temperature: Positive = 0.8  # of the sampled answers to the quiz; all others are greedy
-    top_k: Natural = 200         # sample from the k most likely tokens; 0: from all
+    temperature: NonNegative = 0.0  # 0 always takes the likeliest token
+    top_k: Natural = 200         # else keep the k most likely tokens; 0 keeps all
     repetition_penalty: Positive = 1.0  # over 1: tokens that are in the text become less likely
     no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
     seed: Seed = 1337            # for sampling and for drawing questions
@@ -59,8 +59,6 @@ from core.generate import Sampling, generate
 from core.rows import Rows
 from formats import quiz
 from formats.page import render
-
-# ---- answers ----
 
 GREEDY = Sampling(temperature=0)
 
@@ -123,17 +121,17 @@ def response_loss(model, split, what=''):
 
 
 def ask(opened, template, questions, config, what):
-    """(greedy Answers to the Questions, a dict about each for the report)."""
+    """The answers to the Questions and their scores, for the report."""
     turns = [question.turns for question in questions]
-    greedy = Sampling(0, repetition_penalty=config.repetition_penalty,
-                      no_repeat_ngram_size=config.no_repeat_ngram_size)
-    answers = answer_all(opened, template, turns, config.max_new_tokens, greedy,
-                         batch_size=config.batch_size, what=what)
-    shown = []
+    sampling = Sampling(config.temperature, config.top_k,
+                        repetition_penalty=config.repetition_penalty,
+                        no_repeat_ngram_size=config.no_repeat_ngram_size)
+    answers = answer_all(opened, template, turns, config.max_new_tokens, sampling, config.seed,
+                         config.batch_size, f'{opened.description}: {what}')
+    asked = []
     for question, answer in zip(questions, answers):
-        prompt = [f'{turn.text}\n\n{turn.context}'.rstrip('\n') for turn in question.turns]
-        shown.append({
-            'prompt': prompt,
+        asked.append({
+            'prompt': [f'{turn.text}\n\n{turn.context}'.strip() for turn in question.turns],
             'group': question.group,
             'expected': question.answer or question.wanted,
             'answer': answer.text,
@@ -141,40 +139,7 @@ def ask(opened, template, questions, config, what):
             'right': quiz.is_right(answer, question),
             'exact': quiz.is_exact(answer, question),
         })
-    return answers, shown
-
-
-def measure_dataset(opened, template, folder, meta, config):
-    """The loss on the data set, and the answers to its prompts."""
-    tokenizer = opened.tokenizer
-    if meta['tokenizer']['sha256'] != tokenizer.sha256:
-        raise UserError(f'{opened.description} has another vocabulary than {folder}. Prepare the '
-                        'data with the vocabulary of the model: --tokenizer=FOLDER')
-    split = tokenfile.Split([folder], config.split, vocab_size=tokenizer.vocab_size)
-    loss, n_tokens = response_loss(opened.model, split, f'{folder}: loss')
-    result = {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'tokens': n_tokens}
-    questions = quiz.from_split(split, tokenizer, meta['template'], config.answers)
-    if questions:
-        answers, shown = ask(opened, template, questions, config, f'{folder}: answers')
-        result['form'] = quiz.form(answers, tokenizer)
-        result['answers'] = shown
-    return result
-
-
-def measure_quiz(opened, questions, config):
-    """The scores of greedy and of sampled answers to the quiz, and the greedy answers."""
-    template = opened.template or 'question'
-    what = f'{opened.description}: quiz'
-    greedy, shown = ask(opened, template, questions, config, what)
-    turns = [question.turns for question in questions]
-    sampling = Sampling(config.temperature, config.top_k,
-                        repetition_penalty=config.repetition_penalty,
-                        no_repeat_ngram_size=config.no_repeat_ngram_size)
-    sampled = answer_all(opened, template, turns, config.max_new_tokens, sampling, config.seed,
-                         config.batch_size, f'{what}, sampled')
-    scores = {'greedy': quiz.scores(greedy, questions), 'sampled': quiz.scores(sampled, questions)}
-    form = quiz.form(greedy, opened.tokenizer)
-    return {'quiz': scores, 'quiz_form': form, 'quiz_answers': shown}
+    return {'scores': quiz.scores(answers, questions, opened.tokenizer), 'asked': asked}
 
 
 def measure(name, config, questions, device):
@@ -190,6 +155,7 @@ def measure(name, config, questions, device):
             template = meta['template']
     opened = checkpoint.open_model(name, which=config.which, tags=tags)
     template = opened.template or template
+    prepare(opened.model, device, config.dtype)
     result = {
         'model': name,
         'description': opened.description,
@@ -197,11 +163,18 @@ def measure(name, config, questions, device):
         'template': template,
         'parameters': sum(p.numel() for p in opened.model.parameters()),
     }
-    prepare(opened.model, device, config.dtype)
     if config.dataset:
-        result |= measure_dataset(opened, template, folder, meta, config)
+        tokenizer = opened.tokenizer
+        if meta['tokenizer']['sha256'] != tokenizer.sha256:
+            raise UserError(f'{opened.description} has another vocabulary than {folder}. Prepare '
+                            'the data with the vocabulary of the model: --tokenizer=FOLDER')
+        split = tokenfile.Split([folder], config.split, vocab_size=tokenizer.vocab_size)
+        result['loss'], result['tokens'] = response_loss(opened.model, split, f'{folder}: loss')
+        prompts = quiz.from_split(split, tokenizer, meta['template'], config.answers)
+        if prompts:
+            result['answers'] = ask(opened, template, prompts, config, 'answers')
     if questions:
-        result |= measure_quiz(opened, questions, config)
+        result['quiz'] = ask(opened, template, questions, config, 'quiz')
     result['figures'] = figures(result)
     return result
 
@@ -213,39 +186,13 @@ def figures(result):
     found = {'parameters': f"{result['parameters'] / 1e6:.1f} M", 'asked as': result['template']}
     if 'loss' in result:
         found['loss on responses'] = f"{result['loss']:.4f}"
-        found['perplexity'] = f"{result['perplexity']:.1f}"
-    for title, key in (('answers', 'form'), ('quiz', 'quiz_form')):
-        for name, value in result.get(key, {}).items():
-            found[f'{title}: {name}'] = f'{value:.1f}' if 'mean' in name else f'{value:.1%}'
-    for manner, groups in result.get('quiz', {}).items():
-        for group, scores in groups.items():
-            n = scores['questions']
-            for kind in ('right', 'exact'):
-                if kind in scores:
-                    found[f'quiz, {manner}: {kind}, {group} ({n})'] = f'{scores[kind]:.1%}'
+        found['perplexity'] = f"{math.exp(min(result['loss'], 700)):.1f}"
+    for title in ('answers', 'quiz'):
+        if title in result:
+            for name, value in result[title]['scores'].items():
+                text = f'{value:.1f}' if 'mean' in name else f'{value:.1%}'
+                found[f'{title}: {name}'] = text
     return found
-
-
-def remarks(results):
-    """Lines on what is wrong with each model's answers, and on what changed from the first one."""
-    lines = []
-    for result in results:
-        form = result.get('form') or result.get('quiz_form') or {}
-        if form.get('repeated 4-grams', 0) > 0.2:
-            lines.append(f"{result['model']} repeats itself ({form['repeated 4-grams']:.0%} of its "
-                         '4-grams): try --repetition_penalty=1.2 or --no_repeat_ngram_size=4')
-        if form.get('stops by itself', 1) < 0.5:
-            lines.append(f"{result['model']}: {form['stops by itself']:.0%} of the answers end by "
-                         'themselves; the others were cut at max_new_tokens')
-    first = results[0]
-    for result in results[1:]:
-        changed = []
-        for name, value in result['figures'].items():
-            before = first['figures'].get(name)
-            if name != 'parameters' and before not in (None, value):
-                changed.append(f'{name} {before} -> {value}')
-        lines.append(f"from {first['model']} to {result['model']}: {'; '.join(changed[:6])}")
-    return lines
 
 
 def table(names, results):
@@ -273,16 +220,12 @@ def main(argv):
     names = {}
     for result in results:
         names |= result['figures']
-    for line in remarks(results):
-        print(line)
     print(table(names, results))
     settings = asdict(config)
-    report = json.dumps({'config': settings, 'models': results}, indent=1, ensure_ascii=False)
     page = render('evaluation.html', results=results, names=names, settings=settings)
     with only_writer(config.out_dir):
-        with write_whole(os.path.join(config.out_dir, 'report.json'), 'wb') as file:
-            # A path in it need not be Unicode: its bytes are written as JSON's escapes.
-            file.write(report.encode('utf-8', 'backslashreplace'))
+        with write_whole(os.path.join(config.out_dir, 'report.json')) as file:
+            json.dump({'config': settings, 'models': results}, file, indent=1)
         with write_whole(os.path.join(config.out_dir, 'report.html'), 'wb') as file:
             file.write(page)
     print(f'side by side, with the answers: {config.out_dir}/report.html')

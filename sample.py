@@ -7,6 +7,7 @@
 --user and --chat put what you say into the model's own template, as plain text. --start goes to the
 model as it is: tags and <|endoftext|> in it count as such.
 """
+import contextlib
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -44,11 +45,8 @@ class Config:
     compile: bool = False      # with int8: a faster kernel, which needs a C++ compiler
 
     def problems(self):
-        """Combinations that cannot work."""
         if bool(self.start) + bool(self.user) + self.chat != 1:
             yield 'give one of --start="TEXT" (raw), --user="TEXT" (in the template) or --chat.'
-        if self.chat and self.num_samples > 1:
-            yield 'a chat has one answer: leave out num_samples.'
 
 
 # torch takes seconds to import: mistakes on the command line are found before.
@@ -61,110 +59,86 @@ from core.files import reading
 from core.generate import Sampling, generate
 
 
-def answer(opened, template, ids, config, seed, show=None):
-    """The texts of num_samples answers to the prompt `ids`, up to what ends each.
-
-    template: None for raw text. show is called with each new piece of text, if there is one answer.
-    """
+def answer(config, opened, template, prompt, seed):
+    """Yield what is new in each of num_samples answers to the prompt (ids), a list of texts."""
     window = opened.model.config.block_size
-    if not 0 < len(ids) <= window:
-        raise UserError(f'the prompt has {len(ids):,} tokens; expected 1 to {window:,}.')
-    # Raw text may hold tags, so it ends where an answer in xml would.
+    if not 0 < len(prompt) <= window:
+        raise UserError(f'the prompt has {len(prompt):,} tokens; expected 1 to {window:,}.')
+    # Raw text, which has no template, may hold tags: it ends where an answer in xml would.
     stops = conversation.stop_ids(opened.tokenizer, template or 'xml')
     readers = [AnswerText(opened.tokenizer, template) for _ in range(config.num_samples)]
-    texts = [''] * config.num_samples
-
-    def add(i, ids, final=False):
-        new = readers[i].add(ids, final)
-        texts[i] += new
-        if show:
-            show(new)
-
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p,
                         config.repetition_penalty, config.no_repeat_ngram_size)
-    for tokens in generate(opened.model, [ids], config.max_new_tokens, sampling,
+    for tokens in generate(opened.model, [prompt], config.max_new_tokens, sampling,
                            config.num_samples, seed, stops):
+        new = [''] * config.num_samples
         for i, token in enumerate(tokens):
             if token is not None and token not in stops:
-                add(i, [token])
-    for i in range(config.num_samples):
-        add(i, [], final=True)
-    return texts
+                new[i] = readers[i].add([token])
+        yield new
+    yield [reader.add([], final=True) for reader in readers]
 
 
-def show(text):
-    """Print without a line end, at once."""
-    print(text, end='', flush=True)
-
-
-def read_start(start):
-    """The raw prompt: the text itself, or that of a file."""
-    path = start.removeprefix('FILE:')
-    if path == start:
-        return start
-    with reading(path, 'Expected a text file in UTF-8.'), open(path, encoding='utf-8') as file:
-        return file.read()
-
-
-def ask_once(config, opened, template):
-    """--start and --user: print num_samples answers."""
-    before = ''
-    try:
-        if config.user:
-            turns = [Turn('user', config.user)]
-            ids = conversation.prompt(turns, opened.tokenizer, template)
-        else:
-            template = None
-            before = read_start(config.start)
-            ids = opened.tokenizer.encode_with_tags(before).tolist()
-    except ValueError as error:
-        raise UserError(f'the prompt cannot be used: {error}.') from None
+def show(config, answers, before=''):
+    """Print what `answer` yields, a single answer as it comes; return the text of the last one."""
+    text = ''
     if config.num_samples == 1 and not config.trim:
-        show(before)
-        answer(opened, template, ids, config, config.seed, show)
+        print(before, end='', flush=True)
+        for piece, in answers:
+            print(piece, end='', flush=True)
+            text += piece
         print()
-        return
-    for text in answer(opened, template, ids, config, config.seed):
+        return text
+    for text in map(''.join, zip(*answers)):
         if config.trim and '.' in text:
             text = text[:text.rindex('.') + 1]
         print(before + text)
         if config.num_samples > 1:
             print('---------------')
+    return text
+
+
+def ask_once(config, opened, template):
+    """Answer --user or continue --start."""
+    before = config.start
+    path = before.removeprefix('FILE:')
+    if path != before:
+        with reading(path, 'Expected a text file in UTF-8.'), open(path, encoding='utf-8') as file:
+            before = file.read()
+    with reading('the prompt'):
+        if config.user:
+            turns = [Turn('user', config.user)]
+            prompt = conversation.prompt(turns, opened.tokenizer, template)
+        else:
+            template = None
+            prompt = opened.tokenizer.encode_with_tags(before).tolist()
+    show(config, answer(config, opened, template, prompt, config.seed), before)
 
 
 def chat(config, opened, template):
-    """--chat: read turns from the terminal until an empty line, and answer each."""
+    """Read turns from the terminal until an empty line, and answer each."""
     window = opened.model.config.block_size
-    # Kept free for the answer.
-    room = min(config.max_new_tokens, window // 2)
+    room = window - min(config.max_new_tokens, window // 2)  # the rest is for the answer
     turns = []
     print('An empty line ends the chat.', file=sys.stderr)
-    while True:
-        try:
-            text = input('you> ')
-        except EOFError:
-            return
-        if not text.strip():
-            return
+    while (text := input('you> ')).strip():
         try:
             asked = [*turns, Turn('user', text)]
-            asked = conversation.recent(asked, opened.tokenizer, template, window - room)
-            ids = conversation.prompt(asked, opened.tokenizer, template)
+            asked = conversation.recent(asked, opened.tokenizer, template, room)
+            prompt = conversation.prompt(asked, opened.tokenizer, template)
             seed = config.seed + len(turns) // 2
-            reply, = answer(opened, template, ids, config, seed, show)
+            reply = show(config, answer(config, opened, template, prompt, seed))
+            turns = [*asked, Turn('assistant', reply)]
         except (UserError, ValueError) as error:
             print(error, file=sys.stderr)
-            continue
-        print()
-        turns = [*asked, Turn('assistant', reply)]
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     keep_freed_memory()
     device = pick_device(config.device)
-    wants_tags = bool(config.template) and TEMPLATES[config.template].tags
-    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, tags=wants_tags)
+    tags = config.template and TEMPLATES[config.template].tags
+    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which, tags=tags)
     template = config.template or opened.template
     if not template and not config.start:
         raise UserError(f'{opened.description} was never tuned here and has no template. Use '
@@ -172,7 +146,8 @@ def main(argv):
     dtype = prepare(opened.model, device, config.dtype, config.compile)
     print(f'{opened.description}, on {device} in {dtype}', file=sys.stderr)
     if config.chat:
-        chat(config, opened, template)
+        with contextlib.suppress(EOFError):
+            chat(config, opened, template)
     else:
         ask_once(config, opened, template)
 

@@ -11,7 +11,6 @@ ended by itself.
 """
 import json
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ EXPECTED = 'Expected one JSON object a line with "question", and "answer" or "wa
 
 
 class Question(NamedTuple):
-    """A line of the file."""
     turns: list  # before the answer
     answer: str = ''
     wanted: str = ''
@@ -33,7 +31,7 @@ class Question(NamedTuple):
 
 
 def read(path):
-    """The Questions in a file. UserError for a line that is not one."""
+    """The Questions in a file."""
     with reading(path, EXPECTED), open(path, encoding='utf-8') as file:
         lines = file.read().split('\n')
     questions = []
@@ -56,8 +54,6 @@ def parse(line):
         raise ValueError('a field is not a text')
     if not rest[0] and not rest[1]:
         raise ValueError('neither "answer" nor "wanted" is given')
-    if len(texts) % 2 == 0:
-        raise ValueError('"before" must end with an answer')
     # The texts are the user's and the assistant's in turn.
     turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
     return Question(turns, *rest)
@@ -65,27 +61,24 @@ def parse(line):
 
 def from_split(split, tokenizer, template, n):
     """The first n different prompts of a tokenfile.Split: conversations up to the last answer."""
-    found = []
-    asked = set()
+    found = {}
     for i in range(len(split)):
         if len(found) == n:
             break
         with reading(f'conversation {i} of split {split.name!r}', 'Prepare the folder again.'):
             turns = decode(*split[i], tokenizer, template)
-        last = max((k for k, turn in enumerate(turns) if turn.role == 'assistant'), default=0)
+        while turns and turns[-1].role == 'user':
+            turns.pop()
         # The learned mark does not matter: threads of one tree may differ in it alone.
-        prompt = tuple((turn.text, turn.context) for turn in turns[:last])
-        if last and prompt not in asked:
-            asked.add(prompt)
-            found.append(Question(turns[:last], turns[last].text))
-    return found
+        prompt = tuple((turn.text, turn.context) for turn in turns[:-1])
+        if prompt:
+            found.setdefault(prompt, Question(turns[:-1], turns[-1].text))
+    return list(found.values())
 
 
 def draw(questions, n, seed):
     """n of the questions, drawn by the seed; all of them for 0."""
-    if n == 0 or n >= len(questions):
-        return questions
-    chosen = np.random.default_rng(seed).choice(len(questions), n, replace=False)
+    chosen = np.random.default_rng(seed).permutation(len(questions))[:n or None]
     return [questions[i] for i in sorted(chosen)]
 
 
@@ -95,10 +88,7 @@ def first_sentence(text):
     """The text up to a line's end, or to a sign that ends a sentence before a capital letter."""
     line = text.strip().split('\n')[0]
     # The dots in "St. John's" and "Washington, D.C." end no sentence.
-    end = re.search(r'(?<!\bSt)(?<![.\s]\w)[.!?](?=\s+["\'“(]?[A-ZÀ-Þ]|\s*$)', line)
-    if end:
-        line = line[:end.end()]
-    return line
+    return re.split(r'(?<!\bSt\.)(?<![.\s]\w\.)(?<=[.!?])\s+(?=["\'“(]?[A-ZÀ-Þ])', line)[0]
 
 
 def words(text):
@@ -118,40 +108,31 @@ def is_exact(answer, question):
     return answer.stopped and answer.text == question.answer
 
 
-def scores(answers, questions):
-    """{group: {'questions': n, 'right': share, 'exact': share}}; all questions make up 'all'."""
-    found = {}
+def repeated(ids):
+    """The share of the 4-grams in ids that came before."""
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:]))
+    return (len(grams) - len(set(grams))) / max(1, len(grams))
+
+
+def scores(answers, questions, tokenizer):
+    """{name: value}: how the answers look, and the shares of each group that are right and exact.
+
+    All are shares from 0 to 1, but for the mean. All questions together are the group `all`.
+    """
+    special = set(tokenizer.special.values())
+    found = {
+        'stops by itself': np.mean([answer.stopped for answer in answers]),
+        'mean length in tokens': np.mean([len(answer.ids) for answer in answers]),
+        'repeated 4-grams': np.mean([repeated(answer.ids) for answer in answers]),
+        'no stray tags': np.mean([special.isdisjoint(answer.ids) for answer in answers]),
+    }
     # In the order in which the groups come in the file.
-    for group in dict.fromkeys(['all'] + [question.group for question in questions]):
+    for group in filter(None, dict.fromkeys(['all'] + [question.group for question in questions])):
         pairs = [(a, q) for a, q in zip(answers, questions) if group in ('all', q.group)]
         right = [is_right(a, q) for a, q in pairs if q.wanted]
         exact = [is_exact(a, q) for a, q in pairs if q.answer]
-        found[group] = {'questions': len(pairs)}
         if right:
-            found[group]['right'] = sum(right) / len(right)
+            found[f'right, {group} ({len(right)})'] = np.mean(right)
         if exact:
-            found[group]['exact'] = sum(exact) / len(exact)
-    found.pop('', None)  # questions of no group
-    return found
-
-
-def repeated(ids):
-    """The share of the 4-grams in ids that came before."""
-    grams = Counter(zip(ids, ids[1:], ids[2:], ids[3:]))
-    n = grams.total()
-    return (n - len(grams)) / max(1, n)
-
-
-def form(answers, tokenizer):
-    """How answers look, whatever they say: shares from 0 to 1, and a mean."""
-    special = set(tokenizer.special.values())
-    n = len(answers)
-    n_stopped = sum(answer.stopped for answer in answers)
-    n_tokens = sum(len(answer.ids) for answer in answers)
-    n_clean = sum(special.isdisjoint(answer.ids) for answer in answers)
-    return {
-        'stops by itself': n_stopped / n,
-        'mean length in tokens': n_tokens / n,
-        'repeated 4-grams': sum(repeated(answer.ids) for answer in answers) / n,
-        'no stray tags': n_clean / n,
-    }
+            found[f'exact, {group} ({len(exact)})'] = np.mean(exact)
+    return {name: float(value) for name, value in found.items()}
