@@ -34,6 +34,8 @@ from core.conversation import Turn
 from core.trainer import Trainer
 from model import GPT, GPTConfig
 
+# An id is a byte, so that ids can be read.
+BYTES = tokenizer.Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)
 JAPAN = [Turn('user', 'What is the capital of Japan?'), Turn('assistant', 'Tokyo.')]
 TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.',
          'What is the capital of Japan?',

@@ -55,21 +55,16 @@ def test_an_answer_ends_with_its_stop_and_the_others_go_on():
 def test_samples_share_their_prompt_and_the_seed_decides():
     model = tiny()
     prompts = prompts_of(6, 3)
+    before = torch.get_rng_state()
     first, again, other = (
         whole(generate(model, prompts, 9, Sampling(), 4, seed)) for seed in (1, 1, 2))
     assert [len(answer) for answer in first] == [9] * 8
     assert first == again and first != other
+    assert torch.equal(torch.get_rng_state(), before)
     assert len(set(map(tuple, first))) == 8
     found = whole(generate(model, prompts, 9, GREEDY, 4))
     one, two = (greedy_without_cache(model, prompt, 9) for prompt in prompts)
     assert found == 4 * [one] + 4 * [two]
-
-
-def test_sampling_moves_no_global_random_state():
-    model = tiny()
-    before = torch.get_rng_state()
-    list(generate(model, [[1, 2]], 5, Sampling()))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize('keys, expected', [
@@ -78,7 +73,10 @@ def test_sampling_moves_no_global_random_state():
     ({'top_k': 2}, [0.625, 0.375, 0, 0]),
     ({'top_p': 0.7}, [0.625, 0.375, 0, 0]),
     ({'top_p': 0.01}, [1, 0, 0, 0]),  # the likeliest one always stays
+    ({'min_p': 0.2}, [0.526, 0.316, 0.158, 0]),
+    ({'min_p': 1.0}, [1, 0, 0, 0]),
     ({'temperature': 0.0}, [1, 0, 0, 0]),
+    ({'temperature': 1e-40}, [1, 0, 0, 0]),
     ({'temperature': 0.5}, [0.685, 0.247, 0.062, 0.007])])
 def test_tokens_are_drawn_with_these_shares(keys, expected):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)

@@ -86,7 +86,7 @@ def test_a_conversation_reads_back_as_it_went_in(template):
 def test_half_a_surrogate_pair_makes_no_ids_at_all(template):
     with pytest.raises(ValueError):
         encode([Turn('user', 'a \ud800'), Turn('assistant', 'x')], BPE, template)
-    with pytest.raises(UserError, match='the prompt cannot be used'):
+    with pytest.raises(UserError, match='the prompt cannot be read'):
         sample.ask_once(sample.Config(user='\ud800'), SimpleNamespace(tokenizer=BPE), template)
 
 

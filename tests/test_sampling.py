@@ -1,4 +1,4 @@
-"""How a token is chosen: the penalties as transformers and OpenAI define them, min_p."""
+"""The penalties as transformers and OpenAI define them."""
 import pytest
 import torch
 
@@ -53,18 +53,3 @@ def test_frequency_and_presence_count_the_answer_only():
     assert choose(logits, penalties, None, [([], [2])]).item() == 2  # 1 - 0.4 - 0.3 > 0
     assert choose(logits, penalties, None, [([], [2, 2])]).item() != 2  # 1 - 0.8 - 0.3 < 0
     assert logits[0, 2] == 1  # not changed in place
-
-
-def test_min_p_leaves_the_tokens_that_are_likely_enough():
-    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    generator = torch.Generator().manual_seed(0)
-    for min_p, kept in ((0.0, {0, 1, 2, 3}), (0.2, {0, 1, 2}), (0.5, {0, 1}), (1.0, {0})):
-        drawn = {choose(probabilities.log(), Sampling(min_p=min_p), generator).item()
-                 for _ in range(300)}
-        assert drawn == kept, min_p
-
-
-@pytest.mark.parametrize('temperature', [0.0, 1e-40, 1e-6])
-def test_a_tiny_temperature_is_greedy(temperature):
-    logits = torch.tensor([[1.0, 30.0, -200.0], [5.0, 4.0, 4.9]])
-    assert choose(logits, Sampling(temperature)).tolist() == [1, 0]
