@@ -109,8 +109,6 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
     # The answer that each row of the cache belongs to.
     answers = list(range(len(rows)))
     for step in range(max_new_tokens):
-        if step:
-            logits = cache.step(model, idx[:, None])
         idx = choose(logits.float(), sampling, generator, [texts[answer] for answer in answers])
         tokens = [None] * len(texts)
         rows = []
@@ -120,13 +118,14 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
             if token not in stops and cache.lengths[row] < window:
                 rows.append(row)
         yield tokens
-        # Answers that have ended leave the batch.
-        if not rows:
+        if not rows or step == max_new_tokens - 1:
             return
+        # Answers that have ended leave the batch.
         if len(rows) < len(answers):
             cache.keep(rows)
             answers = [answers[row] for row in rows]
             idx = idx[rows]
+        logits = cache.step(model, idx[:, None])
 
 
 def choose(logits, sampling, generator=None, texts=()):
