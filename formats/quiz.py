@@ -6,8 +6,7 @@ The file of --quiz=FILE has one question a line, as JSON. One of `answer` and `w
     {"question": "And of Japan?", "before": ["What is the capital of France?", "Paris."],
      "answer": "It is Tokyo.", "wanted": "Tokyo", "group": "follow-up"}
 
-An answer is right if `wanted` stands in its first sentence. It is exact if it equals `answer` and
-ended by itself.
+An answer is right if `wanted` stands in its first sentence, and exact if it equals `answer`.
 """
 import json
 import re
@@ -37,26 +36,22 @@ def read(path):
     questions = []
     # Line by line, so that an error can say which.
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            with reading(f'{path} line {number}', EXPECTED):
-                questions.append(parse(line))
+        if not line.strip():
+            continue
+        with reading(f'{path} line {number}', EXPECTED):
+            fields = json.loads(line)
+            texts = fields.get('before', []) + [fields['question']]
+            rest = [fields.get(key, '') for key in ('answer', 'wanted', 'group')]
+            if not all(isinstance(text, str) for text in texts + rest):
+                raise ValueError('a field is not a text')
+            if not rest[0] and not rest[1]:
+                raise ValueError('neither "answer" nor "wanted" is given')
+            # The texts are the user's and the assistant's in turn.
+            turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
+            questions.append(Question(turns, *rest))
     if not questions:
         raise UserError(f'{path} holds no questions. {EXPECTED}')
     return questions
-
-
-def parse(line):
-    """The Question in a line."""
-    fields = json.loads(line)
-    texts = fields.get('before', []) + [fields['question']]
-    rest = [fields.get(key, '') for key in ('answer', 'wanted', 'group')]
-    if not all(isinstance(text, str) for text in texts + rest):
-        raise ValueError('a field is not a text')
-    if not rest[0] and not rest[1]:
-        raise ValueError('neither "answer" nor "wanted" is given')
-    # The texts are the user's and the assistant's in turn.
-    turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
-    return Question(turns, *rest)
 
 
 def from_split(split, tokenizer, template, n):
