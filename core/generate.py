@@ -102,7 +102,7 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
     cache = KVCache(model, len(prompts), min(window, longest + max_new_tokens - 1))
     logits = cache.read(model, prompts)
     # Samples of a prompt share the reading of it.
-    rows = torch.arange(len(prompts)).repeat_interleave(num_samples).tolist()
+    rows = [i // num_samples for i in range(len(prompts) * num_samples)]
     cache.keep(rows)
     logits = logits[rows]
     texts = [(prompts[row], []) for row in rows]

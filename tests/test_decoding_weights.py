@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from conftest import tiny
-from core.decoding_weights import Int8Linear, PackedLinear, prepare
+from core.decoding_weights import Int8Linear, PackedLinear, int8_matvec, prepare
 from core.generate import Sampling, generate
 from model import GPT, GPTConfig
 
@@ -26,6 +26,7 @@ def test_packed_and_int8_weights_multiply_as_the_plain_ones(rows):
             (PackedLinear(weight, None, torch.float32), exact - bias, 1e-4),
             (PackedLinear(weight, bias, torch.bfloat16), short, 0.3),
             (Int8Linear(weight, bias), rounded, 0.3),
+            (Int8Linear(weight, bias, int8_matvec), rounded, 0.3),
             (Int8Linear(weight, None), rounded - bias, 0.3)):
         found = linear(x)
         assert found.dtype == torch.float32
