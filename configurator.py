@@ -74,10 +74,14 @@ def evaluate(node):
     match node:
         case ast.Constant():
             return node.value
+        case ast.Name(id='true' | 'false'):
+            return node.id == 'true'
         case ast.UnaryOp(op=ast.USub()):
             return -evaluate(node.operand)
         case ast.BinOp() if type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+    if ast.unparse(node) == 'str(time.time())':  # a config file of nanoGPT names its run so
+        return ''
     raise ValueError(f'found {ast.unparse(node)}, expected a literal, or arithmetic on literals')
 
 
@@ -94,8 +98,8 @@ def read_config_file(name):
     for line in lines:
         where = f'in {name} line {line.lineno}'
         match line:
-            case ast.Expr(value=ast.Constant()):
-                continue  # the docstring
+            case ast.Expr(value=ast.Constant()) | ast.Import(names=[ast.alias(name='time')]):
+                continue  # the docstring; see evaluate
             case ast.Assign(targets=[ast.Name(id=key)]):
                 yield key, line.value, where
             case _:

@@ -192,6 +192,9 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
         opened = open_checkpoint(path)
     else:
         opened = open_pretrained(init_from, vocabulary)
+    for name, p in opened.model.named_parameters():
+        if not torch.stack(p.aminmax()).isfinite().all():
+            raise UserError(f'{opened.description}: {name} holds numbers that are not finite.')
     if vocabulary and vocabulary.sha256 != opened.tokenizer.sha256:
         raise UserError(f'{opened.description} has one vocabulary, the data another. Prepare '
                         "the data with the model's: --tokenizer=FOLDER")

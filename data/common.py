@@ -224,7 +224,9 @@ def export(examples, source, config, folder, splits, recipe, **meta):
             '  of these, truncated': meta['truncated']}
     for reason, n in dropped.items():
         rows[f'  dropped: {reason}'] = n
-    rows['answer tokens too long, lost'] = meta['answer_tokens_lost']
+    n_lost = meta['answer_tokens_lost']
+    n_tokens = n_lost + sum(n['supervised_tokens'] for n in meta['splits'].values())
+    rows[f'answer tokens lost, {n_lost / n_tokens:.1%}'] = n_lost
     for name, n in rows.items():
         print(f'{name:<28}{n:>12,}')
     for name, n in meta['splits'].items():

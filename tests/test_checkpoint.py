@@ -77,6 +77,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, key, to, said):
     refused(tmp_path, f'{key}.* Expected a checkpoint')
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    saved = make()
+    saved.model['transformer.wpe.weight'][0, 0] = float('nan')
+    checkpoint.save(saved, tmp_path / 'ckpt.pt')
+    refused(tmp_path, 'transformer.wpe.weight holds numbers that are not finite')
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     checkpoint.save(make(), tmp_path / 'ckpt.pt')
     half = (tmp_path / 'ckpt.pt').read_bytes()[:5000]

@@ -73,7 +73,7 @@ CODE = "__import__('os').system('touch hacked')"
     ('--batch_size=0x10', 16), ('--batch_size= 5 * 8', 40), ('--n_embd=(7 // 2 + 1) * 6', 24),
     ('--n_embd=-12', -12), ('--learning_rate=6e-4', 6e-4), ('--learning_rate=1', 1.0),
     ('--learning_rate=1 / 4 - 0.125', 0.125), ('--dropout=0.999', 0.999), ('--compile', True),
-    ('--compile=True', True), ('--compile=False', False), ('--loss_on=all', 'all'),
+    ('--compile=True', True), ('--compile=false', False), ('--loss_on=all', 'all'),
     ('--loss_on=', ''), ('--out_dir=a=b=c', 'a=b=c'), ('--out_dir=1+1', '1+1'),
     ('--out_dir="quoted"', '"quoted"'), (f'--out_dir={CODE}', CODE)])
 def test_a_flag_is_a_literal_or_arithmetic_or_text(flag, value):
@@ -84,7 +84,8 @@ def test_a_flag_is_a_literal_or_arithmetic_or_text(flag, value):
 def test_a_config_file_is_read(config_file):
     config = load(config_file(
         '\ufeff"""What it is for."""\nn_head = 8  # eight\nn_embd = (\n    8 * 64)\n'
-        'learning_rate = 2\nout_dir = "out/" + "é"\ncompile = True\n'))
+        'import time\nlearning_rate = 2\nout_dir = "out/" + "é" + str(time.time())\n'
+        'compile = True\n'))
     assert config == Keys(n_head=8, n_embd=512, learning_rate=2.0, out_dir='out/é', compile=True)
     assert type(config.learning_rate) is float
 

@@ -10,7 +10,7 @@ from configurator import UserError
 from core import readback, rows, tokenfile, tokenizer
 from core.conversation import Turn
 from data import common
-from data.oasst import prepare
+from data.oasst import nest, prepare
 
 WHOLE = '--max_tokens=1000000'
 
@@ -137,12 +137,12 @@ def test_first_in_gpt2s_ids(gpt2, real_trees, tmp_path, capsys):
     # Bytes that must never change: a run resumes only on equal files.
     assert meta['splits']['train']['sha256'].startswith('cf0a101fd05b')
     output = capsys.readouterr().out
-    assert 'answer tokens too long, lost       3,580\n' in output
+    assert 'answer tokens lost, 5.1%           3,580\n' in output
     assert 'train           312 conversations      76,894 tokens, 80.9% supervised' in output
     split = tokenfile.Split([str(tmp_path)], 'train')
     assert rows.Rows(split, 1024).n_rows == 75 == -(-(76_894 - 312) // 1024)
     prepare.main([f'--input={real_trees}', f'--out_dir={tmp_path}', '--too_long=drop'])
-    assert 'answer tokens too long, lost       7,163\n' in capsys.readouterr().out
+    assert 'answer tokens lost, 10.2%          7,163\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('max_tokens', [500, 1500])
@@ -308,6 +308,36 @@ def test_a_source_that_gives_nothing_is_one_line_and_changes_nothing(run, tmp_pa
     assert os.listdir(tmp_path / 'out') == files
 
 
+# ---- flat messages ----
+
+def flat(trees):
+    """All messages as the flat export has them: in any order, null or NaN for a missing rank."""
+    found = []
+    for record in trees:
+        waiting = [(record['prompt'], None)]
+        while waiting:
+            node, parent = waiting.pop()
+            waiting += [(reply, node['message_id']) for reply in node['replies']]
+            rank = float('nan') if node['rank'] is None else float(node['rank'])
+            found.append({**node, 'rank': rank, 'parent_id': parent,
+                          'message_tree_id': record['message_tree_id']})
+            del found[-1]['replies']
+    random.Random(1).shuffle(found)
+    return found
+
+
+def test_flat_messages_become_their_trees(run, tmp_path, capsys):
+    some = random_trees(60)
+    (tmp_path / 'flat.jsonl').write_text(lines(flat(some)))
+    nest.main([f'--input={tmp_path / "flat.jsonl"}'])
+    nested = capsys.readouterr().out
+    hashes = []
+    for records in (lines(some), nested):
+        meta = run(records, WHOLE, '--turns=all', '--lang=all')
+        hashes.append([split['sha256'] for split in meta['splits'].values()])
+    assert hashes[0] == hashes[1] and nested.count('\n') == 60
+
+
 # ---- as a person runs it ----
 
 @pytest.mark.parametrize('max_tokens, recipe', [
@@ -318,9 +348,9 @@ def test_what_it_prints(run, tmp_path, monkeypatch, max_tokens, recipe):
     meta = run([tree(M('q', M('a'), M('b', deleted=True)))], '--val_fraction=0',
                f'--max_tokens={max_tokens}', out='data/mine')
     table = [' '.join(line.split()) for line in meta['output'].splitlines()]
-    assert table[:6] == ['broken records 0', 'conversations seen 2', 'kept 1',
-                         'of these, truncated 0', 'dropped: deleted 1',
-                         'answer tokens too long, lost 0']
+    assert table[:8] == ['trees 1', 'messages 3', 'broken records 0', 'conversations seen 2',
+                         'kept 1', 'of these, truncated 0', 'dropped: deleted 1',
+                         'answer tokens lost, 0.0% 0']
     assert table[-1].endswith(f'Next: python train.py {recipe} --dataset=mine '
                               '--out_dir=out/mine') and not meta['errors']
 

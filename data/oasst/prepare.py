@@ -106,7 +106,12 @@ def find_threads(message, config, above=(), blocked=''):
     return found
 
 
-def read_tree(tree, config):
+def count_messages(message):
+    """Return how many messages there are from this one on."""
+    return 1 + sum(map(count_messages, message.get('replies') or []))
+
+
+def read_tree(tree, config, counts):
     """Return the Examples of a tree. An answer is supervised once, in its first thread."""
     root = tree['prompt']
     key = str(tree['message_tree_id'])
@@ -121,14 +126,16 @@ def read_tree(tree, config):
             turns.append(Turn(ROLES[message['role']], message['text'], supervised=supervised))
             learned.add(id(message))
         examples.append(common.Example(key, split, turns, root.get('lang') or '', drop))
+    counts.update(trees=1, messages=count_messages(root))
     return examples
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
-    expected = "Expected OpenAssistant's message trees, one JSON object a line."
-    trees = source.records(lambda tree: read_tree(tree, config), expected=expected)
+    expected = ("Expected OpenAssistant's message trees, one JSON object a line. Flat messages: "
+                'see data/oasst/nest.py')
+    trees = source.records(lambda tree: read_tree(tree, config, source.counts), expected=expected)
     examples = chain.from_iterable(trees)
     if config.stdout:
         common.print_text(examples, config)
