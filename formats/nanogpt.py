@@ -1,8 +1,12 @@
-"""Convert a checkpoint of nanoGPT into a folder in transformers' form, which every script opens.
+"""Convert what nanoGPT wrote: a checkpoint, or a folder with train.bin and val.bin.
 
     python formats/nanogpt.py --input=out-owt/ckpt.pt --out=my-nanogpt
     python sample.py --init_from=my-nanogpt --start="Once upon a time"
 
+    python formats/nanogpt.py --input=../nanoGPT/data/shakespeare --out=data/shakespeare
+    python train.py config/finetune_own.py --dataset=shakespeare --out_dir=out/shakespeare
+
+A checkpoint becomes a folder in transformers' form. Of data, each window becomes a text of its own.
 nanoGPT computes the exact GELU where GPT-2 computes an approximation; config.json says so.
 Source: https://github.com/karpathy/nanoGPT/blob/master/model.py
 """
@@ -10,13 +14,15 @@ import os
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import configurator
-from configurator import UserError
+from configurator import Count, UserError
+from core import tokenfile
 from core import tokenizer as tokenizers
 from core.files import reading
 from core.pretrained import empty_model
@@ -26,9 +32,10 @@ from formats.folder import as_json, to_transformers, write
 
 @dataclass(frozen=True)
 class Config:
-    input: str = 'out/ckpt.pt'  # of nanoGPT
+    input: str = 'out/ckpt.pt'  # a checkpoint, or a folder with data
     out: str = 'my-nanogpt'     # the folder to write, a new one
-    tags: bool = True           # of 50,304 rows, 50257 to 50262 are our six tags
+    tags: bool = True           # a checkpoint's rows 50257 to 50262 are our six tags
+    window: Count = 1025        # tokens of a text of data; the last one is only predicted
 
 
 def convert(path, tags):
@@ -54,8 +61,27 @@ def convert(path, tags):
     return model, tokenizer
 
 
+def convert_data(folder, out, window):
+    """Write nanoGPT's token files, of GPT-2's ids, as a prepared folder that is learned whole."""
+    splits = {}
+    for name in ('train', 'val'):
+        path = os.path.join(folder, f'{name}.bin')
+        with reading(path, "Expected two bytes for each token, of GPT-2's vocabulary."):
+            ids = np.fromfile(path, np.uint16)
+            if os.path.exists(os.path.join(folder, 'meta.pkl')) or (ids > 50256).any():
+                raise ValueError('another vocabulary')
+        starts = range(0, len(ids) - 1, window)
+        splits[name] = [(ids[i:i + window], np.ones(len(ids[i:i + window]))) for i in starts]
+    tokenizer = tokenizers.load('gpt2', tags=False)
+    tokenfile.write(out, splits, {'template': 'plain', 'tokenizer': tokenizer.state()})
+
+
 def main(argv):
     config = configurator.load(Config, argv)
+    if os.path.isdir(config.input):
+        convert_data(config.input, config.out, config.window)
+        print(f'wrote {config.out}')
+        return
     model, tokenizer = convert(config.input, config.tags)
     shape, weights = to_transformers(model)
     # config.json comes last: without it the folder is not taken for a model.

@@ -1,6 +1,7 @@
 """nanoGPT's ckpt.pt, converted: its logits, its vocabulary, and a line for one that cannot be."""
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 import sample
 from configurator import UserError
 from conftest import Payload
-from core import checkpoint
+from core import checkpoint, tokenfile
 from core.tokenizer import Tokenizer
 from formats import nanogpt
 
@@ -109,3 +110,16 @@ def test_one_that_cannot_be_converted_is_a_line(tmp_path, of_its_size, changes, 
         nanogpt.main(['--input=ckpt.pt', '--out=my'])
     assert said in str(error.value) and '\n' not in str(error.value)
     assert os.listdir(tmp_path) == ['ckpt.pt']  # nothing was written, and no code in it was run
+
+
+def test_a_data_folder_is_torn_into_windows(tmp_path, gpt2):
+    for name, n in (('train', 10), ('val', 4)):
+        np.arange(n, dtype=np.uint16).tofile(tmp_path / f'{name}.bin')
+    out = str(tmp_path / 'out')
+    nanogpt.main([f'--input={tmp_path}', f'--out={out}', '--window=4'])
+    split = tokenfile.Split([out], 'train')
+    assert [split[i][0].tolist() for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert split.n_supervised.tolist() == [3, 3, 1] and tokenfile.read_meta(out)
+    (tmp_path / 'meta.pkl').touch()
+    with pytest.raises(UserError, match='train.bin cannot be read: ValueError another vocabulary'):
+        nanogpt.main([f'--input={tmp_path}', f'--out={out}'])
