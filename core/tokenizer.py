@@ -7,7 +7,7 @@ token. Source: Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/
 """
 import hashlib
 import json
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import tiktoken
@@ -75,10 +75,6 @@ class Tokenizer:
     def encode(self, text):
         """Ordinary text -> uint32 array of ids. ValueError for half a surrogate pair."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
-
-    def remember(self, n=64):
-        """Cache the last n results of encode: the threads of a tree share most of their turns."""
-        self.encode = lru_cache(n)(self.encode)
 
     def encode_with_tags(self, text):
         """For text typed by whoever runs the script: special tokens in it count as such."""

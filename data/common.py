@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from multiprocessing import parent_process
 from typing import NamedTuple
 
@@ -131,11 +132,13 @@ class Example(NamedTuple):
     n_lost: int = 0  # tokens of answers that do not fit
 
 
-def start(*arguments):
-    """Set, once in each process, what `encode` needs: tokenizer, template, max_tokens, cut."""
+def start(name, template, max_tokens, cut):
+    """Set, once in each process, what `encode` needs. name: of the vocabulary."""
     global encoder
-    encoder = arguments
-    encoder[0].remember()
+    vocabulary = tokenizer.load(name, conversation.TEMPLATES[template].tags)
+    # The threads of a tree share most of their turns.
+    vocabulary.encode = lru_cache(64)(vocabulary.encode)
+    encoder = (vocabulary, template, max_tokens, cut)
     if parent_process():
         # This is a worker. The main process sees to Ctrl-C.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -173,14 +176,13 @@ def encode(example):
 
 def encode_all(examples, config, n_bytes=0):
     """Yield the examples encoded, in order; on all cores if the source has many bytes."""
-    tags = conversation.TEMPLATES[config.template].tags
-    vocabulary = tokenizer.load(config.tokenizer, tags)
-    start(vocabulary, config.template, config.max_tokens, config.too_long == 'cut')
+    settings = (config.tokenizer, config.template, config.max_tokens, config.too_long == 'cut')
+    start(*settings)
     # Starting the workers would take longer.
     if n_bytes < 1 << 20:
         yield from map(encode, examples)
         return
-    with ProcessPoolExecutor(initializer=start, initargs=encoder) as pool:
+    with ProcessPoolExecutor(initializer=start, initargs=settings) as pool:
         # Takes all the examples at once, so that this process reads while the others encode.
         results = pool.map(encode, examples, chunksize=500)
         yield from Bar(results, 'encoding', unit=' conversations')

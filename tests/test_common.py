@@ -169,7 +169,7 @@ def encode(*_):
     raise ValueError
 
 common.conversation.encode = encode
-common.tokenizer.load = lambda *_: SimpleNamespace(remember=lambda: None)
+common.tokenizer.load = lambda *_: SimpleNamespace(encode=print)
 config = SimpleNamespace(tokenizer='', template='xml', max_tokens=9, too_long='cut')
 examples = [common.Example(i, 'train', []) for i in range(99_000)]
 try:
@@ -193,6 +193,27 @@ def test_workers_end_with_the_main_process(how):
     # The workers hold the other ends of the pipes: these close when the last of them is gone.
     output, errors = process.communicate(timeout=60)
     assert errors == '' and ('stopped' in output) == (how == signal.SIGINT)
+
+
+ELSEWHERE = """
+import json, multiprocessing, sys
+from data.alpaca import prepare
+
+if __name__ == '__main__':
+    multiprocessing.set_start_method('spawn')
+    with open('rows.json', 'w') as file:
+        json.dump([{'instruction': f'{i}?', 'output': 'word ' * 50} for i in range(5000)], file)
+    prepare.main(['--input=rows.json', '--out_dir=out', f'--tokenizer={sys.argv[1]}'])
+"""
+
+
+def test_workers_start_as_on_a_mac_too(tmp_path, vocabulary):
+    """There, and with Python 3.14 on Linux, they are no forks: all that they need is pickled."""
+    (tmp_path / 'script.py').write_text(ELSEWHERE)
+    done = subprocess.run([sys.executable, 'script.py', vocabulary], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, 'PYTHONPATH': ROOT})
+    assert done.returncode == 0, done.stderr
+    assert tokenfile.read_meta(str(tmp_path / 'out'))['kept'] == 5000
 
 
 # ---- the page about adding a data set ----

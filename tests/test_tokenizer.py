@@ -67,13 +67,6 @@ def test_half_a_surrogate_pair_is_a_value_error(small):
             encode('a\ud800b')
 
 
-def test_remembering_changes_nothing(vocabulary):
-    bpe = tokenizer.load(vocabulary)
-    before = [bpe.encode(text).tolist() for text in TRICKY]
-    bpe.remember(3)
-    assert [bpe.encode(text).tolist() for text in TRICKY + TRICKY] == before + before
-
-
 # ---- vocabularies in transformers' form ----
 
 def read(path):
