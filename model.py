@@ -4,21 +4,19 @@
 
 The body works on a stream of N tokens and asks `attend` what each of them may look at. `attend`
 is a DocumentAttention in training (each conversation by itself) and a KVCache in decoding.
-Sources: Radford et al. 2019. Weights have the names of https://github.com/openai/gpt-2, which
-nanoGPT and `transformers` use too.
+Source: Radford et al. 2019. Weights have the names of https://github.com/openai/gpt-2.
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import Count, Fraction
-
-# The embedding has a multiple of so many rows: matrix units like that.
-VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding. Padding rows are never sampled, trained or exported."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        """Rows of the embedding: a multiple of 128, which matrix units like."""
+        return math.ceil(self.vocab_size / 128) * 128
 
 
 class Block(nn.Module):
@@ -49,12 +47,10 @@ class Block(nn.Module):
         bias = config.bias
         self.ln_1 = nn.LayerNorm(C, bias=bias)
         self.attn = nn.ModuleDict({
-            'c_attn': nn.Linear(C, 3 * C, bias),
-            'c_proj': nn.Linear(C, C, bias)})
+            'c_attn': nn.Linear(C, 3 * C, bias), 'c_proj': nn.Linear(C, C, bias)})
         self.ln_2 = nn.LayerNorm(C, bias=bias)
         self.mlp = nn.ModuleDict({
-            'c_fc': nn.Linear(C, 4 * C, bias),
-            'c_proj': nn.Linear(4 * C, C, bias)})
+            'c_fc': nn.Linear(C, 4 * C, bias), 'c_proj': nn.Linear(4 * C, C, bias)})
         # No dropout inside attention: on a CPU it makes attention three to six times slower.
         self.dropout = nn.Dropout(config.dropout)
         self.gelu = config.gelu
@@ -70,6 +66,10 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp.c_proj(h))
 
 
+# nn.Embedding(…) would draw random numbers, and init_weights draws them again.
+embedding = partial(nn.Embedding.from_pretrained, freeze=False)
+
+
 class GPT(nn.Module):
     """GPT-2, with the output head tied to the token embedding."""
 
@@ -77,12 +77,9 @@ class GPT(nn.Module):
         super().__init__()
         assert config.n_embd % config.n_head == 0, (config.n_embd, config.n_head)
         self.config = config
-        # Not nn.Embedding(…), which would draw random numbers that init_weights draws again.
-        wte = torch.empty(config.padded_vocab_size, config.n_embd)
-        wpe = torch.empty(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding.from_pretrained(wte, freeze=False),
-            'wpe': nn.Embedding.from_pretrained(wpe, freeze=False),
+            'wte': embedding(torch.empty(config.padded_vocab_size, config.n_embd)),
+            'wpe': embedding(torch.empty(config.block_size, config.n_embd)),
             'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias)})
@@ -131,23 +128,36 @@ class GPT(nn.Module):
         B, T = idx.shape
         # All rows as one stream, each a document of its own.
         positions = torch.arange(T, device=idx.device).repeat(B)
-        attend = DocumentAttention([(B, T)], self.config.n_head)
+        starts = torch.arange(0, B * T + 1, T, device=idx.device)
+        attend = DocumentAttention([(B, T)], self.config.n_head, starts)
         x = self.body(idx.reshape(-1), positions, attend)
         return self.head(x).view(B, T, -1)
 
     def loss(self, batch):
         """Summed cross-entropy in nats over the supervised tokens of a rows.Batch.
 
-        The sum, not the mean: the caller divides once per optimizer step, by the supervised tokens
-        of all micro-batches and processes, so that each of them counts the same. Logits are
-        computed for supervised positions only.
+        The sum, because the caller divides once per optimizer step, by the supervised tokens of
+        all micro-batches and processes. Only supervised positions have logits.
         """
-        idx, positions, at, targets = (
-            torch.as_tensor(part, device=self.device)
-            for part in (batch.idx, batch.positions, batch.at, batch.targets))
-        x = self.body(idx, positions, DocumentAttention(batch.runs, self.config.n_head))
+        counts, lengths = zip(*batch.runs)
+        starts = np.cumsum([0, *np.repeat(lengths, counts)])
+        # One copy to the GPU, for which the CPU does not wait.
+        parts = [batch.idx, batch.positions, batch.at, batch.targets, starts]
+        packed = torch.from_numpy(np.concatenate(parts))
+        if self.device.type == 'cuda':
+            packed = packed.pin_memory()
+        packed = packed.to(self.device, non_blocking=packed.is_pinned())
+        idx, positions, at, targets, starts = packed.split([len(part) for part in parts])
+        attend = DocumentAttention(batch.runs, self.config.n_head, starts)
+        x = self.body(idx, positions, attend)[at]
         wte = self.transformer.wte.weight
-        return LinearCrossEntropy.apply(x[at], wte, targets, self.config.vocab_size)
+        if self.device.type == 'mps':
+            # torch 2.13's products are wrong there if they sum over 32,767 terms or more:
+            # https://github.com/pytorch/pytorch/issues/193487
+            logits = torch.cat([F.linear(x, rows) for rows in wte.split(16_384)], dim=1)
+        else:
+            logits = F.linear(x, wte)
+        return CrossEntropy.apply(logits, targets, self.config.vocab_size)
 
     def compile(self):
         """torch.compile the two halves of a layer. All layers share one compiled pair."""
@@ -166,70 +176,73 @@ class GPT(nn.Module):
     def add_tokens(self, pieces):
         """Add tokens to the vocabulary: {new id: ids of the pieces it would be as text}.
 
-        A new row starts as the mean of its pieces' embeddings. A random row would wreck a small
-        GPT-2; with the mean, the new logit is the mean of theirs and no other logit changes.
-        The new ids must follow the vocabulary, in order.
+        The ids follow the vocabulary. A new row is the mean of its pieces' embeddings: a random
+        one would wreck a small GPT-2. The new logit is the mean of theirs; no other changes.
         """
         old = self.config.vocab_size
-        new_ids = sorted(pieces)
-        assert new_ids == list(range(old, old + len(pieces))), (old, new_ids)
         wte = self.transformer.wte.weight
-        new_rows = torch.stack([wte[pieces[i]].mean(0) for i in new_ids])
+        new_rows = torch.stack([wte[pieces[i]].mean(0) for i in range(old, old + len(pieces))])
         self.set_embedding(torch.cat([wte[:old], new_rows]))
 
     def set_embedding(self, rows):
         """Replace the token embedding by rows (vocab_size, C), and pad it."""
         self.config = replace(self.config, vocab_size=len(rows))
         rows = F.pad(rows.detach(), (0, 0, 0, self.config.padded_vocab_size - len(rows)))
-        self.transformer.wte = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.transformer.wte = embedding(rows)
 
 
 class DocumentAttention:
     """Causal attention within each document of a stream that holds them one after another.
 
-    runs: [(how many, length), …]. Documents of equal length stand side by side, so that each run
-    is one dense call, without mask or padding.
+    runs: [(how many, length), …]: documents of equal length stand side by side.
+    starts (documents + 1,): where each begins, and where the last one ends.
     """
 
-    def __init__(self, runs, n_head):
+    def __init__(self, runs, n_head, starts):
         self.runs = runs
         self.n_head = n_head
-        # Where each document starts; made on first use.
-        self.cu_seqlens = None
+        self.starts = starts.int()
+        self.longest = max(length for _, length in runs)
 
     def __call__(self, layer, qkv):
         """qkv (N, 3C) -> (N, C)."""
         if can_use_varlen(qkv, self.n_head):
             return self.varlen(qkv)
-        if not qkv.is_cuda:
-            # A CPU's kernel is faster in float32 than in bfloat16.
-            qkv = qkv.float()
         out = []
         sizes = [n * length for n, length in self.runs]
-        with torch.autocast(qkv.device.type, enabled=False):
-            for (n, length), part in zip(self.runs, qkv.split(sizes)):
-                # (n length, 3C) -> three of (n, n_head, length, C / n_head)
-                q, k, v = part.view(n, length, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        for (n, length), part in zip(self.runs, qkv.split(sizes)):
+            # (n length, 3C) -> three of (n, n_head, length, C / n_head)
+            q, k, v = part.view(n, length, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+            if qkv.is_cpu and qkv.dtype == torch.bfloat16:
+                y = attention_by_products(q, k, v)
+            else:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                out.append(y.transpose(1, 2).reshape(n * length, -1))
+            out.append(y.transpose(1, 2).reshape(n * length, -1))
         return torch.cat(out)
 
     def varlen(self, qkv):
-        """The same with FlashAttention's variable-length kernel: one call for all documents."""
-        # Imported here, because it takes a second, and only CUDA needs it.
+        """The same in one call, with FlashAttention's kernel."""
+        # Imported here because it takes a second.
         from torch.nn.attention.varlen import varlen_attn
-        if self.cu_seqlens is None:
-            lengths = []
-            for n, length in self.runs:
-                lengths += n * [length]
-            starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            self.cu_seqlens = starts.to(qkv.device)
-            self.longest = max(lengths)
         q, k, v = qkv.view(len(qkv), 3, self.n_head, -1).unbind(1)
-        y = varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest,
-                        # Look back without limit, never ahead.
+        # The window: look back without limit, never ahead.
+        y = varlen_attn(q, k, v, self.starts, self.starts, self.longest, self.longest,
                         window_size=(-1, 0))
         return y.reshape(len(qkv), -1)
+
+
+def attention_by_products(q, k, v):
+    """Causal attention with two matrix products: on a CPU, in bfloat16, the fastest way.
+
+    q, k, v (n, n_head, T, C / n_head), and so is the result.
+    """
+    n, n_head, T, size = q.shape
+    q, k, v = torch.stack([q, k, v]).view(3, n * n_head, T, size)
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=size ** -0.5)
+    # The dtype is named because autocast would choose float32.
+    p = scores.softmax(-1, dtype=q.dtype)
+    return (p @ v).view(n, n_head, T, size)
 
 
 def can_use_varlen(qkv, n_head):
@@ -241,67 +254,32 @@ def can_use_varlen(qkv, n_head):
     return fits and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
 
 
-# How many logits exist at once. A CPU wants few, to reuse its cache; a GPU enough to be busy.
-LOGITS_AT_ONCE = {'cpu': 1 << 25, 'cuda': 1 << 28}
+class CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in nats of logits (S, V), of which the first n_classes columns count.
 
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy in nats of the logits x @ weight.T, without holding all of them.
-
-    x (S, C), weight (V, C), targets (S,) int64. Only the first n_classes <= V rows count.
-    The gradients are computed on the way forward, chunk by chunk, from the probabilities that are
-    there anyway, so neither those nor the logits are kept. Products are in autocast's dtype, the
-    softmax and all sums in float32. Idea: Hsu et al. 2024, https://arxiv.org/abs/2410.10989
+    targets (S,) int64. Computed in float32, some rows at a time. Their gradient, made of the same
+    probabilities, replaces the logits, so that nothing else of that size ever exists.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, n_classes):
-        kind = x.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        needs_grad = ctx.needs_input_grad[0]
-        loss = x.new_zeros((), dtype=torch.float32)
-        with torch.autocast(kind, enabled=False):
-            # All rows, although those past n_classes are padding: a GPU is faster with a
-            # multiple of 128, and a logit of minus infinity has no probability and no gradient.
-            w = weight.to(dtype)
-            if needs_grad:
-                grad_x = torch.empty(x.shape, dtype=dtype, device=x.device)
-                grad_w = torch.zeros_like(weight)
-            chunk = max(1, LOGITS_AT_ONCE.get(kind, 1 << 25) // len(w))
-            for first in range(0, len(x), chunk):
-                part = x[first:first + chunk].to(dtype)
-                target = targets[first:first + chunk]
-                at_target = (torch.arange(len(part), device=x.device), target)
-                logits = part @ w.t()  # (chunk, V)
-                logits[:, n_classes:] = -torch.inf
-                log_p = logits.log_softmax(-1, dtype=torch.float32)
-                loss -= log_p[at_target].sum()
-                if not needs_grad:
-                    continue
-                # The gradient of the logits: the probabilities, minus 1 at the target.
-                grad = log_p.exp_()
-                grad[at_target] -= 1
-                grad = grad.to(dtype)
-                if kind == 'mps':
-                    # torch 2.13's product is wrong there for inner dimensions of 32,767 and more:
-                    # https://github.com/pytorch/pytorch/issues/193487
-                    slices = zip(grad.split(16_384, dim=1), w.split(16_384))
-                    grad_x[first:first + chunk] = sum(a @ b for a, b in slices)
-                else:
-                    torch.mm(grad, w, out=grad_x[first:first + chunk])
-                if dtype == weight.dtype:
-                    grad_w.addmm_(grad.t(), part)
-                else:
-                    grad_w += grad.t() @ part
-        if needs_grad:
-            ctx.save_for_backward(grad_x, grad_w)
-            ctx.x_dtype = x.dtype
+    def forward(ctx, logits, targets, n_classes):
+        logits[:, n_classes:] = -torch.inf
+        loss = logits.new_zeros((), dtype=torch.float32)
+        # A CPU wants few rows at once, which fit its cache; a GPU wants many, to be busy.
+        n_rows = 32 if logits.is_cpu else 2048
+        for part, target in zip(logits.split(n_rows), targets.split(n_rows)):
+            at_target = (torch.arange(len(part), device=part.device), target)
+            p = part.softmax(-1, dtype=torch.float32)
+            # The logarithm of the sum of all exp(logit): that of the likeliest class is exact.
+            log_sum = part.amax(-1).float() - p.amax(-1).log()
+            loss += (log_sum - part[at_target].float()).sum()
+            # The gradient of the logits: the probabilities, minus 1 at the target.
+            p[at_target] -= 1
+            part.copy_(p)
+        ctx.save_for_backward(logits)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_w = ctx.saved_tensors
-        grad_x = grad_x.to(ctx.x_dtype) * grad_loss.to(ctx.x_dtype)
-        return grad_x, grad_w.mul_(grad_loss), None, None
+        grad, = ctx.saved_tensors
+        return grad.mul_(grad_loss), None, None

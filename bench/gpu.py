@@ -128,13 +128,15 @@ def attention(config):
     """Documents in one call: what comes out, and the gradient, beside float32 one by one."""
     torch.manual_seed(0)
     runs = [(3, 1), (1, 17), (2, 64), (1, 700)]
-    n = sum(count * length for count, length in runs)
+    lengths = [length for count, length in runs for _ in range(count)]
+    starts = torch.tensor([0, *lengths], device=config.device).cumsum(0)
+    n = sum(lengths)
     exact = torch.randn(n, 3 * 1024, device=config.device)
     weight = torch.randn(n, 1024, device=config.device)
     results = {}
     for dtype in dtypes(config):
         qkv = exact.to(getattr(torch, dtype), copy=True).requires_grad_()
-        y = DocumentAttention(runs, n_head=16)(0, qkv).float()
+        y = DocumentAttention(runs, n_head=16, starts=starts)(0, qkv).float()
         (y * weight).sum().backward()
         results[dtype] = torch.cat([y.detach(), qkv.grad.float()], dim=1)
         distance = apart(results[dtype], results['float32'])
