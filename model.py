@@ -144,9 +144,10 @@ class GPT(nn.Module):
         # One copy to the GPU, for which the CPU does not wait.
         parts = [batch.idx, batch.positions, batch.at, batch.targets, starts]
         packed = torch.from_numpy(np.concatenate(parts))
-        if self.device.type == 'cuda':
+        on_cuda = self.device.type == 'cuda'
+        if on_cuda:
             packed = packed.pin_memory()
-        packed = packed.to(self.device, non_blocking=packed.is_pinned())
+        packed = packed.to(self.device, non_blocking=on_cuda)
         idx, positions, at, targets, starts = packed.split([len(part) for part in parts])
         attend = DocumentAttention(batch.runs, self.config.n_head, starts)
         x = self.body(idx, positions, attend)[at]

@@ -2,8 +2,7 @@
 
     python tests/fake_cuda.py LIBRARY       # made of fake_cuda.cpp, see tests/test_cuda_paths.py
 
-Prints a line of JSON: what each case did. In a process of its own, because torch looks for devices
-only once, when it is imported and at the first backward pass.
+Prints what each case did, as a line of JSON. torch looks for devices only once in a process.
 """
 import ctypes
 import json
@@ -33,11 +32,6 @@ from core.trainer import Trainer
 from model import GPT, GPTConfig
 from web.batching import Batch, Request
 
-# How a value is read, and how a tensor is copied: the last forms are those of inference mode.
-READS = ('_local_scalar_dense', 'item', 'is_nonzero')
-PRODUCTS = ('mm', 'addmm', 'linear')
-COPIES = ('_to_copy', 'copy_', 'to')
-
 
 class NoValues(FakeTensorMode):
     """Tensors without values, not even those that torch.tensor makes."""
@@ -57,14 +51,14 @@ class Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in READS:
+        if name in ('_local_scalar_dense', 'item', 'is_nonzero'):
             self.counts['reads'] += args[0].is_cuda
             return args[0].dtype.is_floating_point or args[0].dtype == torch.bool or 3
         result = func(*args, **(kwargs or {}))
         self.counts[name] += 1
-        if name in PRODUCTS:
+        if name in ('mm', 'addmm', 'linear'):
             self.dtypes.add(str(result.dtype).removeprefix('torch.'))
-        if name in COPIES:
+        if name in ('_to_copy', 'copy_', 'to'):
             *_, source = filter(torch.is_tensor, args)
             self.counts['copies'] += result.is_cuda and not source.is_cuda
         return result
@@ -82,12 +76,12 @@ def gpu(capability):
     def is_bf16_supported(including_emulation=True):
         return including_emulation or capability >= (8, 0)
 
-    no_values = NoValues(allow_non_fake_inputs=True)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.is_bf16_supported = is_bf16_supported
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    with no_values, Record() as record:
+    torch.Tensor.pin_memory = lambda tensor: tensor
+    with NoValues(allow_non_fake_inputs=True), Record() as record:
         yield record
 
 
@@ -97,10 +91,6 @@ def make_model(n_layer):
     for block in model.transformer.h:  # transposed views, as those of transformers' files are
         block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.t().contiguous().t()
     return model
-
-
-def is_contiguous(model):
-    return all(p.is_contiguous() for p in model.parameters())
 
 
 class Split:
@@ -117,71 +107,65 @@ class Split:
         return ids, (ids >= 2).astype(np.uint8)
 
 
-def train_step(dtype, capability=(9, 0), n_layer=2):
+def train_step(model, record, dtype):
     """An optimizer step of two micro-batches, and an evaluation."""
-    model = make_model(n_layer)
-    with gpu(capability) as record:
-        config = train.Config(batch_size=1, gradient_accumulation_steps=2, block_size=32,
-                              dtype=dtype, max_iters=9, dropout=0.1)
-        state = SimpleNamespace(step=0, seconds=0.0, interval=(0.0, 0), optimizer=None)
-        opened = SimpleNamespace(model=model, checkpoint=state, description='')
-        rows = Rows(Split(), 32, seed=1)
-        trainer = Trainer(config, Processes(0, 1, 'cuda'), opened, rows, rows, last_row=99)
-        trainer.model.train()
-        request = SimpleNamespace(asked=False)
-        record.facts()
-        trainer.train_step(request)
-        facts = record.facts()
-        trainer.evaluate(request)
-        return facts | {'contiguous': is_contiguous(trainer.model)}
+    config = train.Config(batch_size=1, gradient_accumulation_steps=2, block_size=32,
+                          dtype=dtype, max_iters=9, dropout=0.1)
+    state = SimpleNamespace(step=0, seconds=0.0, interval=(0.0, 0), optimizer=None)
+    opened = SimpleNamespace(model=model, checkpoint=state, description='')
+    rows = Rows(Split(), 32, seed=1)
+    trainer = Trainer(config, Processes(0, 1, 'cuda'), opened, rows, rows, last_row=99)
+    trainer.model.train()
+    request = SimpleNamespace(asked=False)
+    record.facts()
+    trainer.train_step(request)
+    facts = record.facts()
+    trainer.evaluate(request)
+    return facts
 
 
-def write(dtype, capability=(9, 0), n_layer=2):
+def write(model, record, dtype):
     """Four tokens of answers to prompts of different and of equal lengths."""
-    model = make_model(n_layer)
-    with gpu(capability) as record:
-        prepare(model, 'cuda', dtype)
-        likeliest = Sampling(temperature=0)
-        sampled = Sampling(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
-                           no_repeat_ngram_size=2, frequency_penalty=0.1)
-        for sampling in (sampled, likeliest):
-            record.facts()
-            steps = list(generate(model, [[1, 2], [3, 4, 5], [6, 7]], 4, sampling, num_samples=2))
-            assert len(steps) == 4, steps
-        return record.facts() | {'contiguous': is_contiguous(model),
-                                 'cudnn': torch.backends.cuda.cudnn_sdp_enabled()}
+    prepare(model, 'cuda', dtype)
+    sampled = Sampling(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
+                       no_repeat_ngram_size=2, frequency_penalty=0.1)
+    for sampling in (sampled, Sampling(temperature=0)):
+        record.facts()
+        steps = list(generate(model, [[1, 2], [3, 4, 5], [6, 7]], 4, sampling, num_samples=2))
+        assert len(steps) == 4, steps
+    return record.facts() | {'cudnn': torch.backends.cuda.cudnn_sdp_enabled()}
 
 
-def write_together(dtype, capability=(9, 0), n_layer=2):
+def write_together(model, record, dtype):
     """Three requests in two places: answers join and leave, and a text goes on from another."""
-    model = make_model(n_layer)
     finishes = []
 
     def deliver(ids, finish):
         if finish:
             finishes.append(finish)
 
-    with gpu(capability) as record:
-        prepare(model, 'cuda', dtype)
-        record.facts()
-        batch = Batch(model, size=2)
-        for prompt in ([1, 2, 4], [5, 6], [1, 2, 4, 3, 9]):
-            batch.waiting.append(Request(prompt, 4, deliver, Sampling(top_k=5)))
-        with torch.inference_mode():
-            while batch.waiting or batch.busy:
-                batch.round()
-        return record.facts() | {'finishes': finishes}
+    prepare(model, 'cuda', dtype)
+    record.facts()
+    batch = Batch(model, size=2)
+    for prompt in ([1, 2, 4], [5, 6], [1, 2, 4, 3, 9]):
+        batch.waiting.append(Request(prompt, 4, deliver, Sampling(top_k=5)))
+    with torch.inference_mode():
+        while batch.waiting or batch.busy:
+            batch.round()
+    return record.facts() | {'finishes': finishes}
 
 
 def main():
     torch.Generator = lambda device: torch.default_generator  # the CPU build has none for CUDA
-    variants = {'deep': {'n_layer': 5}, 'T4': {'capability': (7, 5)}}
     results = {}
     for case in (train_step, write, write_together):
-        for name in ('float32', 'bfloat16', 'float16', 'auto', *variants):
-            dtype = 'auto' if name in variants else name
+        for name in ('float32', 'bfloat16', 'float16', 'auto', 'deep', 'T4'):
+            dtype = 'auto' if name in ('deep', 'T4') else name
+            model = make_model(n_layer=5 if name == 'deep' else 2)
             try:
-                found = case(dtype, **variants.get(name, {}))
+                with gpu(capability=(7, 5) if name == 'T4' else (9, 0)) as record:
+                    found = case(model, record, dtype)
+                    found['contiguous'] = all(p.is_contiguous() for p in model.parameters())
             except Exception:
                 found = {'failed': traceback.format_exc()}
             results[f'{case.__name__} {name}'] = found
