@@ -1,17 +1,21 @@
-"""Compare how fast tokens are written after a prompt: ours, transformers' generate and nanoGPT.
+"""Compare how fast tokens are written after a prompt: ours, transformers, CTranslate2, nanoGPT.
 
     python bench/decoding.py                    # one answer at a time
     python bench/decoding.py --batch_size=10
+    python bench/decoding.py --players=ours-int8,ct2-int8,ours-float32,ct2-float32
     python bench/decoding.py --players=ours-int8,other-ours-int8 --other=FOLDER
 
 All have random weights in the same shape, take the likeliest token, and write the same number of
 them. A round is one whole call, the reading of the prompt included.
 """
+import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
 import contest  # first: it puts the repository on the path
+import starting
 import torch
 
 import configurator
@@ -19,16 +23,16 @@ from configurator import Count
 from contest import SHAPES
 
 DEFAULT = 'ours-float32,ours-bfloat16,ours-int8,ours-int8-compiled,hf-float32,hf-bfloat16'
-PLAYERS = r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?'
+PLAYERS = r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?|ct2-(float32|int8)'
 
 
 @dataclass(frozen=True)
 class Config:
-    shape: Literal['distilgpt2', 'gpt2', 'gpt2-medium', 'tiny'] = 'gpt2-medium'  # of the model
+    shape: Literal[*SHAPES] = 'gpt2-medium'  # of the model
     batch_size: Count = 1   # answers at a time
     prompt: Count = 32      # tokens
     new_tokens: Count = 128  # in each answer
-    players: str = DEFAULT  # also nanogpt-float32, other-ours-float32 and so on
+    players: str = DEFAULT  # also ct2-int8, nanogpt-float32, other-ours-float32 and so on
     other: str = ''         # a checkout of this repository, for the players other-ours-…
     rounds: Count = 5       # that each player plays
     device: Literal['cpu', 'cuda'] = 'cpu'  # where to compute
@@ -37,7 +41,7 @@ class Config:
 
     def problems(self):
         """Players that do not exist."""
-        expected = 'ours, hf or nanogpt, a dash and a dtype; or ours-int8-compiled'
+        expected = 'ours, hf, nanogpt or ct2, a dash and a dtype; or ours-int8-compiled'
         return contest.problems(self.players, self.other, PLAYERS, expected)
 
 
@@ -74,6 +78,27 @@ def make_hf(config, dtype):
     return write
 
 
+def make_ct2(config, dtype):
+    """The same with CTranslate2, which converts a folder in transformers' form."""
+    import ctranslate2
+    import transformers
+    with tempfile.TemporaryDirectory() as folder:
+        starting.make_folder(config.shape, folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        converted = os.path.join(folder, 'converted')
+        ctranslate2.converters.TransformersConverter(folder).convert(converted, quantization=dtype)
+        generator = ctranslate2.Generator(
+            converted, config.device, compute_type=dtype, intra_threads=torch.get_num_threads())
+
+    def write(prompts):
+        texts = [tokenizer.convert_ids_to_tokens(prompt) for prompt in prompts.tolist()]
+        answers = generator.generate_batch(
+            texts, sampling_topk=1, include_prompt_in_result=False,
+            min_length=config.new_tokens, max_length=config.new_tokens)
+        assert all(len(answer.sequences_ids[0]) == config.new_tokens for answer in answers)
+    return write
+
+
 def make_nanogpt(config, dtype):
     """The same with nanoGPT."""
     sys.path.insert(0, config.nanogpt)
@@ -94,10 +119,9 @@ def play(config):
     kind, dtype, *more = config.player.split('-')
     if kind == 'ours':
         write = make_ours(config, dtype, 'compiled' in more)
-    elif kind == 'hf':
-        write = make_hf(config, dtype)
     else:
-        write = make_nanogpt(config, dtype)
+        make = {'hf': make_hf, 'ct2': make_ct2, 'nanogpt': make_nanogpt}
+        write = make[kind](config, dtype)
     prompts = torch.randint(50257, (config.batch_size, config.prompt), device=config.device)
 
     def a_round():
@@ -117,7 +141,7 @@ def main(argv):
         play(config)
         return
     players = contest.contest(config.players.split(','), argv, config.rounds, config.other)
-    print(contest.versions('torch', 'transformers'))
+    print(contest.versions('torch', 'transformers', 'ctranslate2'))
     print(f'{config.shape}: {config.new_tokens} tokens after a prompt of {config.prompt}, '
           f'{config.batch_size} at a time')
     print(contest.table(players, 'tokens', digits=1))

@@ -22,7 +22,7 @@ import torch
 
 import configurator
 import train
-from configurator import Positive, UserError
+from configurator import UserError
 from contest import SHAPES
 from core.checkpoint import Checkpoint
 from core.decoding_weights import prepare
@@ -32,6 +32,7 @@ from core.processes import Processes
 from core.rows import Rows
 from core.trainer import Trainer
 from model import GPT, DocumentAttention, GPTConfig
+from training import synchronize, tera_operations
 from web.batching import Batch, Request
 
 GREEDY = Sampling(temperature=0)
@@ -43,7 +44,6 @@ class Config:
     shape: Literal[*SHAPES] = 'gpt2-medium'  # of the model that is timed
     device: str = 'cuda'      # cuda, cuda:1 or cpu
     parts: str = 'attention,gradients,steps,answers,training,decoding'  # what to do
-    minutes: Positive = 9.0   # no part begins later than this
 
     def problems(self):
         """Parts that do not exist."""
@@ -92,12 +92,6 @@ def make_trainer(config, dtype, n=400, rows=4, accumulate=4, **changes):
                       Rows(split, block_size, seed=1), None, last_row=10 ** 9)
     trainer.model.train()
     return trainer
-
-
-def synchronize(config):
-    """Wait for the GPU."""
-    if config.device != 'cpu':
-        torch.cuda.synchronize()
 
 
 def timed(config, call, n=5):
@@ -227,7 +221,6 @@ def batched(model, prompts, n, size=3):
 
 def training(config):
     """Steps as train.py takes them, with and without torch.compile; and how much memory."""
-    n_layer, _, n_embd = SHAPES[config.shape]
     a = torch.randn(4096, 4096, device=config.device).to(pick_dtype('auto', config.device))
     peak = 2 * 4096 ** 3 / timed(config, partial(torch.mm, a, a)) / 1e12
     print(f'  a product of two matrices of 4096 x 4096: {peak:.1f} TFLOP/s')
@@ -238,19 +231,15 @@ def training(config):
                 torch.cuda.reset_peak_memory_stats()
             trainer = make_trainer(config, 'auto', rows=rows, compile=compiled)
             seconds = timed(config, partial(trainer.train_step, NOBODY))
-            split = trainer.train_rows.split
-            share = trainer.rows_per_step / trainer.train_rows.n_rows  # of all conversations
-            lengths = split.lengths - 1
-            # As in bench/training.py: 6 for each weight and token, the head's if supervised.
-            flop = 6 * 12 * n_layer * n_embd ** 2 * lengths.sum()
-            flop += 6 * trainer.model.transformer.wte.weight.numel() * split.n_supervised.sum()
-            flop += 6 * n_layer * n_embd * (lengths ** 2).sum()
-            reached = share * flop / seconds / 1e12
+            n_rows = trainer.train_rows.n_rows  # of all conversations
+            steps_per_second = trainer.rows_per_step / n_rows / seconds
+            n_tokens = (trainer.train_rows.split.lengths - 1).sum()
+            reached = steps_per_second * tera_operations(trainer, 0, n_rows)
             memory = ''
             if config.device != 'cpu':
                 memory = f', {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB'
             print(f'  {rows} rows{", compiled" if compiled else ""}: '
-                  f'{share * lengths.sum() / seconds:,.0f} tokens/s, '
+                  f'{steps_per_second * n_tokens:,.0f} tokens/s, '
                   f'{reached:.1f} TFLOP/s, {reached / peak:.0%} of that product{memory}')
             del trainer
 
@@ -282,12 +271,8 @@ def main(argv):
     print(contest.versions('torch'), f'dtype auto: {pick_dtype("auto", config.device)}')
     if config.device != 'cpu':
         print(torch.cuda.get_device_properties(config.device))
-    started = time.perf_counter()
     failed = []
     for name in config.parts.split(','):
-        if time.perf_counter() - started > 60 * config.minutes:
-            print(f'{name}: left out, --minutes={config.minutes:g} are over')
-            continue
         print(f'{name}: {PARTS[name].__doc__}', flush=True)
         try:
             PARTS[name](config)

@@ -58,9 +58,7 @@ class Config:
     player: str = ''          # set by the referee
 
     def problems(self):
-        for name in self.players.split(','):
-            if name not in PLAYERS:
-                yield f'players={name!r}: expected {", ".join(PLAYERS)}.'
+        return contest.problems(self.players, '', '|'.join(PLAYERS), ', '.join(PLAYERS))
 
 
 def make_model(shape, folder):
@@ -140,11 +138,7 @@ def play(config):
 
     try:
         a_round()
-        stage.say(ready=True)
-        while sys.stdin.readline().strip() == 'go':
-            started = time.perf_counter()
-            facts = a_round()
-            stage.say(seconds=time.perf_counter() - started, **facts)
+        stage.play(a_round)
     finally:
         server.kill()
 

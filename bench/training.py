@@ -38,7 +38,7 @@ PLAYERS = (r'gemm|ours(-f32)?(-compiled)?|nanogpt(-compiled)?|'
 @dataclass(frozen=True)
 class Config:
     data: str = 'data/oasst'   # a prepared folder
-    shape: Literal['distilgpt2', 'gpt2', 'gpt2-medium', 'tiny'] = 'distilgpt2'  # of the model
+    shape: Literal[*SHAPES] = 'distilgpt2'  # of the model
     block_size: Count = 512    # positions in a row
     batch_size: Count = 4      # rows in a micro-batch; who pads takes conversations to fill them
     gradient_accumulation_steps: Count = 1  # micro-batches in a step
@@ -59,7 +59,7 @@ class Config:
 
 def synchronize(config):
     """Wait for the GPU, if there is one."""
-    if config.device == 'cuda':
+    if config.device != 'cpu':
         torch.cuda.synchronize()
 
 
@@ -70,10 +70,6 @@ def play_ours(stage, config):
     trainer = make_trainer(config)
     trainer.model.train()
     request = SimpleNamespace(asked=False)  # nobody asks it to stop
-    rows = trainer.train_rows
-    n_layer, _, n_embd = SHAPES[config.shape]
-    n_head_weights = trainer.model.transformer.wte.weight.numel()
-    n_body_weights = 12 * n_layer * n_embd ** 2
 
     def a_round():
         first = trainer.state.step * trainer.rows_per_step
@@ -81,18 +77,27 @@ def play_ours(stage, config):
             trainer.train_step(request)
         synchronize(config)
         last = trainer.state.step * trainer.rows_per_step
-        learned = rows.n_supervised(first, last)
-        lengths = rows.split.lengths[rows.conversations(first, last)] - 1
-        # Forward and backward: 6 operations for each weight and token, the head's for supervised
-        # tokens only. Attention: two products under the causal mask, 6 for each pair of tokens.
-        flop = 6 * n_body_weights * lengths.sum()
-        flop += 6 * n_head_weights * learned
-        flop += 6 * n_layer * n_embd * (lengths ** 2).sum()
-        return {'supervised tokens': learned, 'TFLOP': float(flop) / 1e12}
+        learned = trainer.train_rows.n_supervised(first, last)
+        return {'supervised tokens': learned, 'TFLOP': tera_operations(trainer, first, last)}
 
     for _ in range(WARM_UP):
         trainer.train_step(request)
     stage.play(a_round)
+
+
+def tera_operations(trainer, first, last):
+    """What training on these rows takes, forward and backward.
+
+    6 operations for each weight and token, the head's for supervised tokens only. Attention: two
+    products under the causal mask, 6 for each pair of tokens.
+    """
+    rows = trainer.train_rows
+    shape = trainer.model.config
+    lengths = rows.split.lengths[rows.conversations(first, last)] - 1
+    n = 12 * shape.n_layer * shape.n_embd ** 2 * lengths.sum()
+    n += trainer.model.transformer.wte.weight.numel() * rows.n_supervised(first, last)
+    n += shape.n_layer * shape.n_embd * (lengths ** 2).sum()
+    return 6 * float(n) / 1e12
 
 
 def make_trainer(config):
@@ -140,7 +145,8 @@ def play_hugging_face(stage, config):
             if state.global_step >= WARM_UP and (state.global_step - WARM_UP) % config.steps == 0:
                 if self.started is None:
                     stage.say(ready=True)
-                stage.wait()
+                if not stage.wait():
+                    os._exit(0)
                 learned = 0
                 self.started = time.perf_counter()
 

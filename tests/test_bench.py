@@ -63,10 +63,13 @@ def test_training_until_a_loss_is_reached(bench, prepared):
     assert 4 < float(reached[1]) <= 5.5
 
 
-def test_decoding(bench):
-    out = bench('decoding', '--shape=tiny', '--players=ours-float32', '--rounds=1',
+@pytest.mark.parametrize('player, package', [
+    ('ours-float32', 'torch'), ('ct2-int8', 'ctranslate2'), ('ct2-float32', 'ctranslate2')])
+def test_decoding(bench, gpt2, player, package):
+    pytest.importorskip(package, reason='pip install -r requirements-bench.txt')
+    out = bench('decoding', '--shape=tiny', f'--players={player}', '--rounds=1',
                 '--new_tokens=3', '--prompt=4')
-    assert '| ours-float32 |' in out
+    assert f'| {player} |' in out
 
 
 def test_preparing(bench, gpt2, tmp_path):
