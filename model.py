@@ -144,10 +144,9 @@ class GPT(nn.Module):
         # One copy to the GPU, for which the CPU does not wait.
         parts = [batch.idx, batch.positions, batch.at, batch.targets, starts]
         packed = torch.from_numpy(np.concatenate(parts))
-        on_cuda = self.device.type == 'cuda'
-        if on_cuda:
-            packed = packed.pin_memory()
-        packed = packed.to(self.device, non_blocking=on_cuda)
+        if self.device.type == 'cuda':
+            packed = packed.pin_memory().to(self.device, non_blocking=True)
+        packed = packed.to(self.device)
         idx, positions, at, targets, starts = packed.split([len(part) for part in parts])
         attend = DocumentAttention(batch.runs, self.config.n_head, starts)
         x = self.body(idx, positions, attend)[at]
@@ -208,7 +207,13 @@ class DocumentAttention:
     def __call__(self, layer, qkv):
         """qkv (N, 3C) -> (N, C)."""
         if can_use_varlen(qkv, self.n_head):
-            return self.varlen(qkv)
+            # Imported here because it takes a second.
+            from torch.nn.attention.varlen import varlen_attn
+            q, k, v = qkv.view(len(qkv), 3, self.n_head, -1).unbind(1)
+            # The window: look back without limit, never ahead.
+            y = varlen_attn(q, k, v, self.starts, self.starts, self.longest, self.longest,
+                            window_size=(-1, 0))
+            return y.reshape(len(qkv), -1)
         out = []
         sizes = [n * length for n, length in self.runs]
         for (n, length), part in zip(self.runs, qkv.split(sizes)):
@@ -220,16 +225,6 @@ class DocumentAttention:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             out.append(y.transpose(1, 2).reshape(n * length, -1))
         return torch.cat(out)
-
-    def varlen(self, qkv):
-        """The same in one call, with FlashAttention's kernel."""
-        # Imported here because it takes a second.
-        from torch.nn.attention.varlen import varlen_attn
-        q, k, v = qkv.view(len(qkv), 3, self.n_head, -1).unbind(1)
-        # The window: look back without limit, never ahead.
-        y = varlen_attn(q, k, v, self.starts, self.starts, self.longest, self.longest,
-                        window_size=(-1, 0))
-        return y.reshape(len(qkv), -1)
 
 
 def attention_by_products(q, k, v):

@@ -23,7 +23,7 @@ from contest import SHAPES
 from core import tokenfile
 from training import TAGS_TOO, make_hugging_face_trainer, make_trainer, synchronize
 
-PLAYERS = r'ours(-f32)?(-compiled)?|(trl|hf)-(best|f32)(-padded)?(-sorted)?(-compiled)?'
+PLAYERS = r'ours(-f32)?(-compiled)?|(trl|hf)-(best|f32)(-compiled)?'
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ All train a model of the same shape, from random weights, on the same data. What
 supervised tokens they learn in a second. trl-default and hf-default do what the first example of
 their documentation does. In those with -best and -f32, everything is on that made them faster here.
 Further players: gemm, the fastest matrix product that the machine can do; nanogpt; ours-f32,
-trl-f32, hf-f32. All but gemm take -compiled; trl and hf also -padded and -sorted, before that.
+trl-f32, hf-f32. All but gemm take -compiled.
 """
 import os
 import statistics
@@ -32,7 +32,7 @@ WARM_UP = 4  # steps before the first round
 TAGS_TOO = 50263  # GPT-2's vocabulary and the six tags
 PADDED = 50304  # the same in whole blocks of 128
 PLAYERS = (r'gemm|ours(-f32)?(-compiled)?|nanogpt(-compiled)?|'
-           r'(trl|hf)-(default|(best|f32)(-padded)?(-sorted)?(-compiled)?)')
+           r'(trl|hf)-(default|(best|f32)(-compiled)?)')
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Config:
     def problems(self):
         """Players that do not exist."""
         expected = ('gemm, ours, nanogpt, trl-default, trl-best, hf-default, hf-best, or one of '
-                    'them with -compiled, -padded, -sorted, or -f32 instead of -best')
+                    'them with -compiled, or -f32 instead of -best')
         return contest.problems(self.players, self.other, PLAYERS, expected)
 
 
@@ -167,7 +167,7 @@ def make_hugging_face_trainer(config):
     from datasets import Dataset
     kind, *how = config.player.split('-')  # trl or hf; default, best or f32; more switches
     best = 'default' not in how
-    packing = kind == 'trl' and best and 'padded' not in how
+    packing = kind == 'trl' and best
     n_layer, n_head, n_embd = SHAPES[config.shape]
     shape = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': TAGS_TOO}
     if best:
@@ -187,8 +187,6 @@ def make_hugging_face_trainer(config):
             size = round(size * config.block_size / mean_length)
         options |= {'per_device_train_batch_size': size, 'bf16': 'f32' not in how,
                     'gradient_checkpointing': False, 'torch_compile': 'compiled' in how}
-    if 'sorted' in how:
-        options['train_sampling_strategy'] = 'group_by_length'
 
     if kind == 'trl':
         import trl

@@ -87,7 +87,7 @@ def test_the_folder_to_start_from_is_one_that_sample_py_opens(gpt2, tmp_path):
 
 
 def test_packing(bench):
-    assert '| 1,000 |' in bench('scaling', '--sizes=', '--conversations=1000')
+    assert '| 1,000 |' in bench('scaling', '--conversations=1000')
 
 
 @pytest.mark.parametrize('name', ['training', 'learning', 'decoding', 'serving', 'preparing',
