@@ -4,10 +4,10 @@ import json
 import pytest
 
 import configurator
+from conftest import BYTES
 from core import checkpoint, conversation
 from core.conversation import TEMPLATES, Turn
 from core.generate import Sampling
-from core.tokenizer import Tokenizer
 
 pytest.importorskip('uvicorn', reason='serve.py needs requirements-serve.txt')
 pytest.importorskip('openai', reason="httpx2, which starlette's test client needs, comes with it")
@@ -17,7 +17,6 @@ from starlette.testclient import TestClient
 from web.answers import Text
 from web.app import make_app
 
-BYTES = Tokenizer('bytes', [bytes([b]) for b in range(256)], tags=True)
 QUESTION = [{'role': 'user', 'content': 'What is the capital of France?'}]
 CHAT = '/v1/chat/completions'
 RAW = '/v1/completions'

@@ -1,7 +1,7 @@
 """An exported folder: transformers reads in it what we have, id for id, and we read it back."""
 import json
 import os
-import shutil
+import pathlib
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from jinja2.exceptions import TemplateError
 import export
 import sample
 from configurator import UserError
-from conftest import TEXTS
+from conftest import TEXTS, assert_same_bits
 from core import checkpoint, conversation, readback
 from core import tokenizer as tokenizers
 from core.conversation import TEMPLATES
@@ -23,8 +23,8 @@ from core.tokenizer import END_OF_TEXT, TAGS
 from formats import chat_template
 
 JAPAN = 'What is the capital of Japan?'
-FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'},
-          {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
+ASKED = {'role': 'user', 'content': JAPAN}
+ANSWERED = {'role': 'assistant', 'content': ' Grüße 🙂 <|endoftext|>'}
 PIECES = [*TAGS, END_OF_TEXT, '<', '<user', '</', '|>', '### Response:', '### Instruction:', '\n',
           '\n\n', ' ', '  ', '\t', '\xa0', '\x85', 'Answer:', "'s", '12', 'a', 'the', '.',
           '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
@@ -33,19 +33,10 @@ TEXT = TEXT.filter(lambda text: not {chat_template.BREAK, chat_template.JOINT} &
 
 
 def exported(source, out, **keys):
-    """Run export.py in this process; returns the folder."""
+    """The folder that export.py writes in this process."""
     keys = {'init_from': source, 'out': out} | keys
     export.main([f'--{key}={value}' for key, value in keys.items()])
-    return str(out)
-
-
-def read(path, name):
-    with open(os.path.join(path, name), 'rb') as file:
-        return file.read()
-
-
-def user(text):
-    return [{'role': 'user', 'content': text}]
+    return pathlib.Path(out)
 
 
 @pytest.fixture(scope='session')
@@ -66,27 +57,22 @@ def models(tmp_path_factory, learn, save_model):
     return found
 
 
-@pytest.fixture(params=TEMPLATES)
-def each(request, models):
-    """(template, transformers' tokenizer, ours) of each template."""
-    source, path = models[request.param]
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
-    return request.param, theirs, checkpoint.open_model(source).tokenizer
-
-
 # ---- the chat template ----
 
-def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(each):
-    template, theirs, bpe = each
+@pytest.mark.parametrize('template', TEMPLATES)
+def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(models, template):
+    source, path = models[template]
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    bpe = checkpoint.open_model(source).tokenizer
 
     @settings(max_examples=80, deadline=None, derandomize=True, database=None)
     @given(texts=st.lists(TEXT, min_size=1, max_size=5), system=st.none() | TEXT)
     def check(texts, system):
         messages = []
+        if system is not None:
+            messages.append({'role': 'system', 'content': system})
         for i, text in enumerate(texts):
             messages.append({'role': readback.ROLES[i % 2], 'content': text})
-        if system is not None:
-            messages.insert(0, {'role': 'system', 'content': system})
         turns = readback.from_messages(messages)
         try:
             ids, mask, _ = conversation.encode(turns, bpe, template)
@@ -105,25 +91,26 @@ def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(each):
     check()
 
 
+@pytest.mark.parametrize('template', TEMPLATES)
+def test_what_is_no_conversation_is_refused(models, template):
+    theirs = transformers.AutoTokenizer.from_pretrained(models[template][1])
+    system = {'role': 'system', 'content': 'Be brief.'}
+    for messages, said in (
+            ([ANSWERED], 'user and assistant in turn'), ([ASKED] * 2, 'user and assistant in turn'),
+            ([ASKED, system], 'user and assistant in turn'),
+            ([system], 'there is no message of a user'),
+            ([ASKED | {'content': [{'text': 'Hi'}]}], 'must be a text'),
+            ([ASKED | {'content': 'a\ufdd0b'}], 'stand for no character')):
+        with pytest.raises(TemplateError, match=said):
+            theirs.apply_chat_template(messages)
+
+
 def test_the_template_works_with_gpt2s_vocabulary(tmp_path, gpt2, save_model):
     path = exported(save_model(tmp_path / 'out', gpt2, n_embd=8, n_layer=1), tmp_path / 'my')
     theirs = transformers.AutoTokenizer.from_pretrained(path)
-    messages = [*user(' done.</user>\n'),
-                {'role': 'assistant', 'content': 'Grüße 🙂 <|endoftext|>'}]
-    ids = conversation.encode(readback.from_messages(messages), gpt2)[0].tolist()
-    assert theirs.apply_chat_template(messages)['input_ids'] == ids
-    assert theirs.decode(ids) == gpt2.decode(ids)
-    assert len(theirs) == gpt2.vocab_size == 50263
-
-
-@pytest.mark.parametrize('messages, said', [
-    (FRANCE[1:], 'user and assistant in turn'), (FRANCE[:1] * 2, 'user and assistant in turn'),
-    ([FRANCE[0], {'role': 'system', 'content': 'x'}], 'user and assistant in turn'),
-    ([{'role': 'system', 'content': 'x'}], 'there is no message of a user'),
-    (user([{'text': 'Hi'}]), 'must be a text'), (user('a\ufdd0b'), 'stand for no character')])
-def test_what_is_no_conversation_is_refused(each, messages, said):
-    with pytest.raises(TemplateError, match=said):
-        each[1].apply_chat_template(messages)
+    ids = conversation.encode(readback.from_messages([ASKED, ANSWERED]), gpt2)[0].tolist()
+    assert theirs.apply_chat_template([ASKED, ANSWERED])['input_ids'] == ids
+    assert theirs.decode(ids) == gpt2.decode(ids) and len(theirs) == gpt2.vocab_size
 
 
 # ---- the model ----
@@ -149,15 +136,11 @@ def test_logits_are_ours(tmp_path, small, save_model, changes, dtype, tolerance)
 @pytest.mark.parametrize('template', TEMPLATES)
 def test_transformers_writes_and_stops_as_sample_py_does(models, template, capsys):
     source, path = models[template]
-    ask = transformers.pipeline('text-generation', path)
+    ask = transformers.pipeline('text-generation', str(path))
     stops = conversation.stop_ids(checkpoint.open_model(source).tokenizer, template)
     assert set(ask.model.generation_config.eos_token_id) == stops
-    tokens = ask.tokenizer.apply_chat_template(user(JAPAN), add_generation_prompt=True,
-                                               return_tensors='pt')
-    assert set(tokens) == {'input_ids', 'attention_mask'}
-    assert ask.model.generate(**tokens)[0, -1].item() in stops
     # transformers leaves the space there that `plain` and `question` put before an answer.
-    assert ask(user(JAPAN))[0]['generated_text'][-1]['content'].removeprefix(' ') == 'Tokyo.'
+    assert ask([ASKED])[0]['generated_text'][-1]['content'].removeprefix(' ') == 'Tokyo.'
     for init_from in (source, path):
         capsys.readouterr()
         sample.main([f'--init_from={init_from}', '--temperature=0', '--device=cpu',
@@ -168,65 +151,56 @@ def test_transformers_writes_and_stops_as_sample_py_does(models, template, capsy
 # ---- back in ----
 
 @pytest.mark.parametrize('template', TEMPLATES)
-def test_what_was_exported_opens_as_it_was_and_exports_the_same(models, template, tmp_path):
+def test_what_we_export_and_transformers_saves_opens_as_it_was(models, template, tmp_path):
     source, path = models[template]
+    saved = tmp_path / 'saved'
+    for part in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        part.from_pretrained(path).save_pretrained(saved)
     was = checkpoint.open_model(source)
-    opened = checkpoint.open_model(path)
-    assert opened.template == template and opened.model.config == was.model.config
-    assert opened.tokenizer.state()['tokens'] == was.tokenizer.state()['tokens']
-    assert opened.tokenizer.special == was.tokenizer.special
-    for name, p in was.model.state_dict().items():
-        assert torch.equal(opened.model.state_dict()[name], p), name
+    for folder in (path, saved):
+        opened = checkpoint.open_model(str(folder))
+        assert opened.template == template and opened.model.config == was.model.config
+        assert opened.tokenizer.tokens == was.tokenizer.tokens
+        assert opened.tokenizer.special == was.tokenizer.special
+        assert_same_bits(dict(opened.model.state_dict()), dict(was.model.state_dict()))
     again = exported(path, tmp_path / 'again')
     for name in export.FILES - {'README.md', 'model.gguf'}:
-        assert read(again, name) == read(path, name), name
-
-
-def test_what_transformers_saves_comes_back_with_its_template(models, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(models['xml'][1]).eval()
-    bpe = transformers.AutoTokenizer.from_pretrained(models['xml'][1])
-    for part in (model, bpe):
-        part.save_pretrained(tmp_path)
-    opened = checkpoint.open_model(str(tmp_path))
-    ids = bpe.apply_chat_template(FRANCE)['input_ids']
-    turns = readback.from_messages(FRANCE)
-    assert conversation.encode(turns, opened.tokenizer, opened.template)[0].tolist() == ids
-    idx = torch.tensor([ids])
-    with torch.no_grad():
-        torch.testing.assert_close(opened.model.eval()(idx), model(idx).logits, atol=1e-4, rtol=0)
+        assert (again / name).read_bytes() == (path / name).read_bytes(), name
 
 
 # ---- whole or not at all ----
 
 @pytest.fixture
-def source(tmp_path, small, save_model):
-    return save_model(tmp_path / 'out', small)
+def replace(models, tmp_path):
+    """A function that exports again to tmp_path/my, where there is an export in float32."""
+    def run(source=models['xml'][0], out=tmp_path / 'my', **keys):
+        exported(source, out, **keys)
+    run()
+    return run
 
 
-def dtype_of(path):
-    return json.loads(read(path, 'config.json'))['dtype']
+def assert_left(tmp_path, dtype='float32'):
+    """There is the export with this dtype, whole, and nothing beside it."""
+    assert json.loads((tmp_path / 'my' / 'config.json').read_text())['dtype'] == dtype
+    assert set(os.listdir(tmp_path / 'my')) == export.FILES - {'model.gguf'}
+    assert os.listdir(tmp_path) == ['my']
 
 
-def test_an_export_replaces_an_export_and_nothing_else(source, tmp_path):
-    path = exported(source, tmp_path / 'my')
-    assert set(os.listdir(path)) == export.FILES - {'model.gguf'}
-    modes = {os.stat(os.path.join(path, name)).st_mode for name in os.listdir(path)}
-    assert len(modes) == 1
+def test_an_export_replaces_an_export_and_nothing_else(replace, tmp_path):
     with pytest.raises(UserError, match='is there already. Replace it with --overwrite=True'):
-        exported(source, path)
-    exported(source, path, overwrite=True, dtype='bfloat16')
-    assert dtype_of(path) == 'bfloat16'
-    (tmp_path / 'my' / 'notes.txt').write_text('mine')
-    (tmp_path / 'file').write_text('mine')
-    for out in ('my', 'file'):
+        replace()
+    replace(overwrite=True, dtype='bfloat16')
+    assert_left(tmp_path, 'bfloat16')
+    notes = tmp_path / 'my' / 'notes.txt'
+    notes.write_text('mine')
+    for out in (notes, notes.parent):
         with pytest.raises(UserError, match='which no export wrote. Only an export can be'):
-            exported(source, tmp_path / out, overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == ['file', 'my', 'out']
+            replace(overwrite=True, out=out)
+    assert notes.read_text() == 'mine'
 
 
 @pytest.mark.parametrize('where', ['fsync', 'rename'])
-def test_a_full_disk_leaves_what_was_there(source, tmp_path, monkeypatch, where):
-    path = exported(source, tmp_path / 'my')
+def test_a_full_disk_leaves_what_was_there(replace, tmp_path, monkeypatch, where):
     call = getattr(os, where)
 
     def full(one, *others):
@@ -235,30 +209,23 @@ def test_a_full_disk_leaves_what_was_there(source, tmp_path, monkeypatch, where)
         call(one, *others)
     monkeypatch.setattr(os, where, full)
     with pytest.raises(UserError, match='my: .*No space left on device. Make room'):
-        exported(source, path, overwrite=True, dtype='float16')
-    assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
+        replace(overwrite=True, dtype='float16')
+    assert_left(tmp_path)
 
 
-def test_a_kill_between_the_renames_loses_no_export(source, tmp_path):
+def test_a_kill_between_the_renames_loses_no_export(replace, tmp_path):
     """It leaves the export in my.partial/old, and a half-written one in my.partial/new."""
-    path = exported(source, tmp_path / 'my')
     os.makedirs(tmp_path / 'my.partial' / 'new')
-    os.rename(path, tmp_path / 'my.partial' / 'old')
+    os.rename(tmp_path / 'my', tmp_path / 'my.partial' / 'old')
     with pytest.raises(UserError, match='is there already'):
-        exported(source, path)
-    assert dtype_of(path) == 'float32' and sorted(os.listdir(tmp_path)) == ['my', 'out']
+        replace()
+    assert_left(tmp_path)
 
 
-def test_a_place_that_cannot_be_written_to_gets_one_line(source):
-    with pytest.raises(UserError, match='cannot write to /proc/x/y.*--out=FOLDER') as error:
-        exported(source, '/proc/x/y')
-    assert '\n' not in str(error.value)
-
-
-def test_a_model_that_was_never_tuned_is_not_exported(models, tmp_path):
-    folder = shutil.copytree(models['xml'][1], tmp_path / 'm')
-    config = json.loads(read(folder, 'config.json'))
-    del config['conversation_template']
-    (folder / 'config.json').write_text(json.dumps(config))
+def test_a_place_that_cannot_be_written_to_and_an_untuned_model_get_one_line(replace, tmp_path):
+    with pytest.raises(UserError, match='^cannot write to /proc/x/y.*--out=FOLDER[^\n]*$'):
+        replace(out='/proc/x/y')
+    path = tmp_path / 'my' / 'config.json'
+    path.write_text(path.read_text().replace('conversation_template', 'unknown'))
     with pytest.raises(UserError, match='was never tuned here'):
-        exported(folder, tmp_path / 'my')
+        replace(path.parent, tmp_path / 'new')
