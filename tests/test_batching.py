@@ -40,14 +40,13 @@ def ask(ids, n, sampling=GREEDY, **more):
 
 def alone(model, request):
     """The tokens that core.generate writes for the request."""
-    found = generate(model, [request.prompt], request.max_new_tokens, request.sampling,
-                     seed=request.seed)
-    return [step[0] for step in found]
+    ids, n = request.prompt, request.max_new_tokens
+    return [step[0] for step in generate(model, [ids], n, request.sampling, seed=request.seed)]
 
 
 @torch.inference_mode()
 def run(batch, *requests, rounds=1000):
-    """Let the batch answer the requests."""
+    """Let the batch answer the requests, in no more rounds than these."""
     batch.waiting.extend(requests)
     while rounds and (batch.waiting or batch.busy):
         rounds -= 1
@@ -70,17 +69,14 @@ def test_answers_written_together_are_those_written_alone(model, monkeypatch):
 
 
 def test_an_answer_ends_at_a_stop_at_its_length_and_where_the_window_is_full(model):
-    full = ask(prompt(250), 20)
-    found = alone(model, full)
+    found = alone(model, ask(prompt(250), 20))
     assert len(found) == 7  # at positions 250 to 255, and the token after the last
-    short = ask(prompt(250), 3)
-    stopped = ask(prompt(250), 20, stops={found[4]})
-    at_once = ask(prompt(250), 20, stops={found[0]})
-    run(Batch(model), full, short, stopped, at_once)
-    assert (full.written, full.finish) == (found, 'length')
-    assert (short.written, short.finish) == (found[:3], 'length')
-    assert (stopped.written, stopped.finish) == (found[:found.index(found[4])], 'stop')
-    assert (at_once.written, at_once.finish) == ([], 'stop')
+    for n, stops, expected in ((20, (), (found, 'length')), (3, (), (found[:3], 'length')),
+                               (20, {found[4]}, (found[:found.index(found[4])], 'stop')),
+                               (20, {found[0]}, ([], 'stop'))):
+        request = ask(prompt(250), n, stops=stops)
+        run(Batch(model), request)
+        assert (request.written, request.finish) == expected
 
 
 def test_a_place_is_free_when_a_client_has_gone_or_the_server_closes(model):
@@ -120,16 +116,16 @@ def test_the_server_goes_on_after_a_step_that_fails(model, monkeypatch, capsys, 
     worker = Worker([batch])
     thread = threading.Thread(target=worker.run, daemon=True)
     ends = queue.Queue()
-    requests = [ask(prompt(3), 5), ask(prompt(3), 5)]
-    for request in requests:
-        request.deliver = lambda ids, finish: finish and ends.put(finish)
+
+    def finish():
+        """How a request ends."""
+        worker.submit(batch, Request(prompt(3), 5, lambda _, end: end and ends.put(end), GREEDY))
+        return ends.get(timeout=10)
+    thread.start()
     with monkeypatch.context() as patch:
         patch.setattr(at, 'step', lambda *_: 1 / 0)
-        worker.submit(batch, requests[0])
-        thread.start()
-        assert ends.get(timeout=10) == 'error'
-    worker.submit(batch, requests[1])
-    assert ends.get(timeout=10) == 'length'
+        assert finish() == 'error'
+    assert finish() == 'length'
     assert 'ZeroDivisionError' in capsys.readouterr().err
     worker.stop()
     thread.join(10)
