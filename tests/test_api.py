@@ -14,6 +14,7 @@ pytest.importorskip('openai', reason="httpx2, which starlette's test client need
 
 import serve
 from starlette.testclient import TestClient
+from web.answers import Text
 from web.app import make_app
 
 QUESTION = [{'role': 'user', 'content': 'What is the capital of France?'}]
@@ -82,12 +83,12 @@ def test_an_answer_is_that_of_sample_py_for_every_template(template):
     assert client.text() == client.text(RAW) == (expected, 'stop')
 
 
-@pytest.mark.parametrize('answer, stop, expected', [
-    ('aaaba', 'aab', 'a'), ('aaaba', ['b', 'aab'], 'a'), ('aaaba', 'ba', 'aaa'),
-    ('aaaba', 'c', 'aaaba'), ('🙂ENEND!', ['END', '?!'], '🙂EN')])
-def test_a_stop_string_is_found_wherever_the_tokens_end(answer, stop, expected):
-    finish = 'length' if answer == expected else 'stop'
-    assert Client(answer=answer.encode()).text(stop=stop) == (expected, finish)
+def test_a_stop_string_is_found_wherever_the_tokens_end():
+    text = Text(BYTES, 'plain', ['END', '?!'])
+    assert [text.add([byte], None) for byte in ' 🙂ENE'.encode()] == [''] * 6 + ['🙂', 'E']
+    assert (text.add(b'ND more', None), text.finish) == ('N', 'stop')
+    for stop, expected in (('aab', 'a'), (['b', 'aab'], 'a'), ('c', 'aaaba'), ('ba', 'aaa')):
+        assert Client(answer=b'aaaba').text(stop=stop)[0] == expected
 
 
 def test_a_failure_is_an_error_whole_and_in_the_stream():

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import pickle
 import shutil
 
@@ -10,13 +9,12 @@ import pytest
 import torch
 
 from configurator import UserError
-from conftest import Payload
+from conftest import Payload, assert_same_bits
 from core import checkpoint, tokenfile, tokenizer
 from core.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
-TOKENS = [bytes([b]) for b in range(256)] + [b'ab', b'abc']
-BPE = Tokenizer('tiny', TOKENS, tags=True)
+BPE = Tokenizer('tiny', [*(bytes([b]) for b in range(256)), b'ab', b'abc'], tags=True)
 
 
 def make():
@@ -39,27 +37,29 @@ def refused(folder, said):
 def test_a_checkpoint_reads_back(tmp_path):
     checkpoint.save(make(), tmp_path / 'ckpt.pt')
     opened = checkpoint.open_model('resume', str(tmp_path), which='best')
-    assert opened.template == 'xml' and opened.tokenizer.tokens == TOKENS
+    assert opened.template == 'xml' and opened.tokenizer.tokens == BPE.tokens
     assert opened.description == f'{tmp_path}/ckpt.pt (step 7, val_loss 1.2500)'
-    assert opened.checkpoint.data == ['x'] and opened.checkpoint.optimizer is None
-    for name, p in make().model.items():
-        assert torch.equal(p, opened.model.state_dict()[name]), name
+    assert_same_bits(vars(opened.checkpoint), vars(make()))
+    assert_same_bits(dict(opened.model.state_dict()), dict(make().model))
     checkpoint.save(make(), tmp_path / 'best.pt')
     assert 'best.pt' in checkpoint.open_model('resume', str(tmp_path), 'best').description
     assert 'ckpt.pt' in checkpoint.open_model(str(tmp_path), which='last').description
 
 
 def test_the_run_saved_last_is_found_in_the_folder_or_below(tmp_path):
-    for age, folder in enumerate(['b', '.', 'c [1]', 'a']):
-        os.makedirs(tmp_path / folder, exist_ok=True)
-        checkpoint.save(make(), tmp_path / folder / 'ckpt.pt')
-        os.utime(tmp_path / folder / 'ckpt.pt', (1000 - age, 1000 - age))
-    for folder in ('b', '.', 'c [1]', 'a'):
-        path = tmp_path / folder / 'ckpt.pt'
-        assert pathlib.Path(checkpoint.find(str(tmp_path))) == path
-        path.unlink()
+    folders = [tmp_path / 'b', tmp_path, tmp_path / 'c [1]', tmp_path / 'a']
+    for age, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        (folder / 'ckpt.pt').touch()
+        os.utime(folder / 'ckpt.pt', (1000 - age, 1000 - age))
+    for folder in folders:
+        assert checkpoint.find(str(tmp_path)) == str(folder / 'ckpt.pt')
+        (folder / 'ckpt.pt').unlink()
     with pytest.raises(UserError, match='ckpt.pt not found.*--out_dir=FOLDER'):
         checkpoint.open_model('resume', str(tmp_path))
+
+
+NOT_FINITE = make().model | {'transformer.wpe.weight': torch.full((32, 16), torch.nan)}
 
 
 @pytest.mark.parametrize('key, to, said', [
@@ -67,7 +67,8 @@ def test_the_run_saved_last_is_found_in_the_folder_or_below(tmp_path):
     ('tokenizer', 3, "tokenizer is '3', not .*dict"),
     ('template', 'ximl', "template 'ximl'.* do not fit together"),
     ('model_args', {'n_embd': 8}, 'do not fit together'),
-    ('model', {}, 'Missing key.* do not fit together')])
+    ('model', {}, 'Missing key.* do not fit together'),
+    ('model', NOT_FINITE, 'transformer.wpe.weight holds numbers that are not finite')])
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, key, to, said):
     contents = vars(make()) | {key: to}
     torch.save(contents, tmp_path / 'ckpt.pt')
@@ -75,21 +76,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, key, to, said):
     del contents[key]
     torch.save(contents, tmp_path / 'ckpt.pt')
     refused(tmp_path, f'{key}.* Expected a checkpoint')
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    saved = make()
-    saved.model['transformer.wpe.weight'][0, 0] = float('nan')
-    checkpoint.save(saved, tmp_path / 'ckpt.pt')
-    refused(tmp_path, 'transformer.wpe.weight holds numbers that are not finite')
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    checkpoint.save(make(), tmp_path / 'ckpt.pt')
-    half = (tmp_path / 'ckpt.pt').read_bytes()[:5000]
-    for content in (b'', b'not a checkpoint', half):
-        (tmp_path / 'ckpt.pt').write_bytes(content)
-        refused(tmp_path, 'ckpt.pt cannot be read: .* a checkpoint')
+    (tmp_path / 'ckpt.pt').write_bytes(b'not a checkpoint')
+    refused(tmp_path, 'ckpt.pt cannot be read: .* a checkpoint')
 
 
 # ---- planted code ----
@@ -171,7 +159,5 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(padded, tmp_path, changes, s
 
 def test_a_folder_that_lacks_a_file_is_refused(tmp_path):
     refused(tmp_path, 'config.json not found')
-    (tmp_path / 'config.json').write_text('{')
-    refused(tmp_path, 'config.json cannot be read: JSONDecodeError')
     (tmp_path / 'config.json').write_text('{}')
     refused(tmp_path, 'model.safetensors not found')

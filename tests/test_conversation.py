@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 
 from conftest import BYTES
-from core import conversation, readback
+from core import conversation
 from core.conversation import TEMPLATES, AnswerText, Turn, answer_text, encode, prompt, to_text
-from core.readback import decode, from_text
-from core.tokenizer import END_OF_TEXT
+from core.readback import decode, from_messages, from_text
 
 EOT, CONVERSATION, END_CONVERSATION, USER, END_USER, ASSISTANT, END_ASSISTANT = range(256, 263)
 HI = [Turn('user', 'Hi'), Turn('assistant', 'Hello')]
@@ -23,7 +22,7 @@ GOLDEN = [
      [CONVERSATION, USER, 'Hi', END_USER, ASSISTANT, 'Hello', END_ASSISTANT,
       USER, 'How?', END_USER, ASSISTANT, ('So.', END_ASSISTANT), USER, 'Hi', END_USER,
       END_CONVERSATION, EOT]),
-    ('xml', [Turn('user', '</user>{text}'), Turn('assistant', '<assistant>' + END_OF_TEXT)],
+    ('xml', [Turn('user', '</user>{text}'), Turn('assistant', '<assistant><|endoftext|>')],
      [CONVERSATION, USER, '</user>{text}', END_USER,
       ASSISTANT, ('<assistant><|endoftext|>', END_ASSISTANT), END_CONVERSATION, EOT]),
     ('alpaca', HI,
@@ -81,10 +80,10 @@ def test_a_template_without_a_place_for_the_context_puts_it_below_the_text(templ
 
 
 def test_text_is_the_template_xml_with_tags_in_messages_escaped():
-    assert to_text(HI) == ('<conversation><user>Hi</user><assistant>Hello</assistant>'
-                           '</conversation><|endoftext|>')
     turns = [Turn('user', 'a </user> <\\user> <b>'), HI[1]]
-    assert to_text(turns).startswith('<conversation><user>a <\\/user> <\\\\user> <b></user><')
+    assert to_text(turns) == (
+        '<conversation><user>a <\\/user> <\\\\user> <b></user><assistant>Hello</assistant>'
+        '</conversation><|endoftext|>')
     assert from_text(f'{to_text(turns)}\n{to_text(HI)}\n') == [turns, HI]
     assert from_text(to_text(ADD))[0][0] == Turn('user', 'Add.\n\n1 and 2')
 
@@ -100,9 +99,9 @@ def test_streamed_and_whole_answers_agree(template):
         reader = AnswerText(BYTES, template)
         streamed = [reader.add([i]) for i in text] + [reader.add([], final=True)]
         expected = text.decode(errors='replace').removeprefix(lead)
+        assert answer_text([*text, min(stops), 65], BYTES, template) == expected
         assert ''.join(streamed) == expected
         assert '\ufffd' not in ''.join(streamed[:-1])
-        assert answer_text([*text, min(stops), 65], BYTES, template) == expected
 
 
 TURNS = [Turn('user', 'aaaa'), Turn('assistant', 'bb'), Turn('user', 'cc'),
@@ -110,34 +109,25 @@ TURNS = [Turn('user', 'aaaa'), Turn('assistant', 'bb'), Turn('user', 'cc'),
 
 
 @pytest.mark.parametrize('template', TEMPLATES)
-def test_max_tokens_takes_whole_turns_from_the_end(template):
-    """What is left is the longest beginning that fits and ends on the assistant."""
-    beginnings = [encode(TURNS[:n], BYTES, template) for n in (5, 4, 2)]
-    for limit in range(len(beginnings[2][0]), len(beginnings[0][0]) + 3):
-        fitting = [found for found in beginnings if len(found[0]) <= limit]
-        ids, mask, n_lost = encode(TURNS, BYTES, template, max_tokens=limit)
-        assert ids.tolist() == fitting[0][0].tolist()
-        assert mask.tolist() == fitting[0][1].tolist()
-        assert n_lost == [0, 1, 3][3 - len(fitting)]
-    too_small = len(beginnings[2][0]) - 1
-    assert encode(TURNS, BYTES, template, max_tokens=too_small) == (None, None, 5)
-
-
-@pytest.mark.parametrize('template', TEMPLATES)
-def test_cut_keeps_the_beginning_of_the_next_answer(template):
+def test_max_tokens_keeps_whole_turns_and_cut_the_beginning_of_the_next_answer(template):
+    whole = {n: encode(TURNS[:n], BYTES, template)[0].tolist() for n in (5, 4, 2)}
     n_cut = 0
-    for limit in range(len(encode(TURNS, BYTES, template)[0])):
+    for limit in range(len(whole[5]) + 1):
+        # The longest beginning that fits and ends on the assistant.
+        n_kept = max((n for n in whole if len(whole[n]) <= limit), default=0)
+        ids, _, n_lost = encode(TURNS, BYTES, template, limit)
+        assert n_lost == 5 - n_kept
+        assert ids.tolist() == whole[n_kept] if n_kept else ids is None
         ids, mask, n_lost = encode(TURNS, BYTES, template, limit, cut=True)
-        if ids is None or decode(ids, mask, BYTES, template) == TURNS[:5 - n_lost]:
-            # Not a token of the next answer fits: the same as without cut.
-            assert n_lost == encode(TURNS, BYTES, template, limit)[2]
+        if ids is None or ids.tolist() in whole.values():  # not a token of the next answer fits
             continue
-        assert len(ids) <= limit and mask[-1] == 1 and ids[-1] < EOT
         *before, answer = decode(ids, mask, BYTES, template)
-        n = len(before)
-        assert before == TURNS[:n] and n_lost == 5 - n
-        assert answer.role == 'assistant' and TURNS[n].text.startswith(answer.text)
-        assert len(ids) == limit or answer.text == TURNS[n].text
+        assert before == TURNS[:5 - n_lost] and mask[-1] == 1
+        text = TURNS[len(before)].text
+        assert answer.role == 'assistant' and text.startswith(answer.text)
+        # It is filled to the limit, but never closed.
+        assert len(ids) == limit or answer.text == text
+        assert len(ids) <= limit and ids[-1] < EOT
         n_cut += 1
     assert n_cut > 15
 
@@ -183,17 +173,13 @@ def test_ids_that_are_no_conversation_are_refused(template):
             decode(wrong, [*mask, *mask * 0][:len(wrong)], BYTES, template)
 
 
-def test_messages_become_turns():
-    asked = ('user', 'Hi')
-    answered = ('assistant', 'Hello')
-
-    def turns_of(*pairs):
-        return readback.from_messages([{'role': role, 'content': text} for role, text in pairs])
-    assert turns_of(asked, answered, asked) == [*HI, HI[0]]
-    assert turns_of(('system', 'Be brief.'), asked) == [Turn('user', 'Be brief.\n\nHi')]
-    assert turns_of(asked, ('developer', 'A'), answered, ('system', 'B')) == [
-        Turn('user', 'A\n\nB\n\nHi'), HI[1]]
-    assert turns_of(asked, ('user', 'How?'), ('assistant', None), answered) == [
-        Turn('user', 'Hi\n\nHow?'), Turn('assistant', '\n\nHello')]
-    with pytest.raises(ValueError, match='no message of a user'):
-        turns_of(('system', 'A'))
+@pytest.mark.parametrize('messages, expected', [
+    ([('user', 'Hi'), ('assistant', 'Hello'), ('user', 'Hi')], [*HI, HI[0]]),
+    ([('system', 'Be brief.'), ('user', 'Hi')], [Turn('user', 'Be brief.\n\nHi')]),
+    ([('user', 'Hi'), ('developer', 'A'), ('assistant', 'Hello'), ('system', 'B')],
+     [Turn('user', 'A\n\nB\n\nHi'), HI[1]]),
+    ([('user', 'Hi'), ('user', 'How?'), ('assistant', None), ('assistant', 'Hello')],
+     [Turn('user', 'Hi\n\nHow?'), Turn('assistant', '\n\nHello')])])
+def test_messages_become_turns(messages, expected):
+    found = from_messages([{'role': role, 'content': text} for role, text in messages])
+    assert found == expected

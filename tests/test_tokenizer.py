@@ -1,6 +1,7 @@
 """tokenizer.py: the ids are GPT-2's, no text becomes a tag, and a vocabulary reads back whole."""
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_text_never_encodes_to_a_special_id(small):
     for text in (*TRICKY, *random_texts(300)):
         ids = small.encode(text)
         assert ids.dtype == np.uint32 and (ids < len(small.tokens)).all(), repr(text)
-        assert small.decode_bytes(ids) == text.encode() and small.decode(ids) == text
+        assert small.decode(ids) == text
 
 
 def test_tags_count_where_the_person_who_runs_the_script_writes_them(small):
@@ -59,38 +60,21 @@ def test_tags_count_where_the_person_who_runs_the_script_writes_them(small):
     ids = small.encode_with_tags(text).tolist()
     assert ids == [n + 1, n + 3, *small.encode('Hi'), n + 4, n + 5, n]
     assert small.decode(ids) == text
-
-
-def test_half_a_surrogate_pair_is_a_value_error(small):
-    for encode in (small.encode, small.encode_with_tags):
-        with pytest.raises(ValueError):
-            encode('a\ud800b')
+    with pytest.raises(ValueError):
+        small.encode_with_tags('a\ud800b')  # half a surrogate pair
 
 
 # ---- vocabularies in transformers' form ----
 
-def read(path):
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
-
-
 def write(path, content):
-    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content), encoding='utf-8')
-
-
-def write_older_form(folder, content, vocab):
-    """vocab.json and merges.txt of a tokenizer.json, with another vocab."""
-    write(folder / 'vocab.json', vocab)
-    merges = [' '.join(merge) for merge in content['model']['merges']]
-    (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']), 'utf-8')
 
 
 @pytest.mark.parametrize('special, n', [([], 256), (['<pad>', END_OF_TEXT, '<mask>'], 400)])
 def test_ids_are_those_of_transformers(learn, tmp_path, special, n):
     """Special tokens may have any names, and stand before or behind the text tokens."""
     transformers = pytest.importorskip('transformers')
-    model = read(learn([*TEXTS, *random_texts(50, seed=2)], n))['model']
+    model = json.loads(Path(learn([*TEXTS, *random_texts(50, seed=2)], n)).read_text())['model']
     vocab = {token: i for i, token in enumerate([*special, *model['vocab']])}
     merges = [tuple(merge) for merge in model['merges']]
     theirs = transformers.GPT2Tokenizer(vocab=vocab, merges=merges)
@@ -111,23 +95,27 @@ def test_ids_are_those_of_transformers(learn, tmp_path, special, n):
 
 
 def test_the_older_forms_of_the_files(vocabulary, small, tmp_path):
-    content = read(vocabulary)
+    content = json.loads(Path(vocabulary).read_text())
     n = len(small.tokens)
-    vocab = content['model']['vocab'] | {END_OF_TEXT: n}
-    write_older_form(tmp_path / 'gpt2', content, vocab)
-    found = tokenizer.load(str(tmp_path / 'gpt2'))
+    # In an older tokenizer.json, a merge is one text.
+    merges = [' '.join(merge) for merge in content['model']['merges']]
+    content['model']['merges'] = merges
+    write(tmp_path / 'c.json', content)
+    assert tokenizer.load(str(tmp_path / 'c.json')).sha256 == small.sha256
+    # Before it, there were two files.
+    folder = tmp_path / 'gpt2'
+    folder.mkdir()
+    write(folder / 'vocab.json', content['model']['vocab'] | {END_OF_TEXT: n})
+    (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *merges, '']), 'utf-8')
+    found = tokenizer.load(str(folder))
     assert (found.sha256, found.special) == (small.sha256, small.special)
     # In spite of its name it is kept whole.
     assert tokenizer.from_state(found.state()).sha256 == small.sha256
     # Names of special tokens may have a file of their own; our tags are not doubled.
     added = {END_OF_TEXT: n, '<|pad|>': n + 1}
-    tags = {tag: n + 2 + i for i, tag in enumerate(TAGS)}
-    write(tmp_path / 'gpt2' / 'added_tokens.json', added | tags)
-    assert tokenizer.load(str(tmp_path / 'gpt2'), tags=False).special == added | tags
-    # In an older tokenizer.json, a merge is one text.
-    content['model']['merges'] = [' '.join(merge) for merge in content['model']['merges']]
-    write(tmp_path / 'c.json', content)
-    assert tokenizer.load(str(tmp_path / 'c.json')).sha256 == small.sha256
+    added |= {tag: n + 2 + i for i, tag in enumerate(TAGS)}
+    write(folder / 'added_tokens.json', added)
+    assert tokenizer.load(str(folder), tags=False).special == added
 
 
 def swap(vocab, i, j):
@@ -145,14 +133,13 @@ def swap(vocab, i, j):
                             merges + [f'<{i} >' for i in range(320, 65536)]), '16 bits'),
     (lambda vocab, merges: (vocab, None), 'cannot be read')])
 def test_a_vocabulary_of_another_kind_is_refused_in_a_line(vocabulary, tmp_path, change, said):
-    content = read(vocabulary)
+    content = json.loads(Path(vocabulary).read_text())
     vocab, merges = change(content['model']['vocab'], content['model']['merges'])
     write(tmp_path / 'tokenizer.json', content | {'model': {'vocab': vocab, 'merges': merges}})
     refused(tmp_path, said)
 
 
 def test_a_folder_without_the_files_is_refused_in_a_line(tmp_path):
-    refused(tmp_path, 'not found')
     refused(tmp_path / 'gpt3', 'not found')
     write(tmp_path / 'vocab.json', {})
     refused(tmp_path, 'not found')
@@ -170,9 +157,8 @@ def test_gpt2_without_cache_and_network_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     monkeypatch.setenv('no_proxy', '')
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
-    with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR') as caught:
+    with pytest.raises(UserError, match='^[^\n]*TIKTOKEN_CACHE_DIR[^\n]*$'):
         tokenizer.load('gpt2')
-    assert '\n' not in str(caught.value)
 
 
 # ---- what a checkpoint keeps ----
@@ -180,9 +166,7 @@ def test_gpt2_without_cache_and_network_is_a_line(tmp_path, monkeypatch):
 def test_the_state_brings_the_tokenizer_back(small):
     state = json.loads(json.dumps(small.state()))
     again = tokenizer.from_state(state)
-    assert (again.special, again.name, again.sha256) == (small.special, small.name, small.sha256)
-    for text in TRICKY:
-        assert again.encode(text).tolist() == small.encode(text).tolist()
+    assert (again.name, again.tokens, again.special) == (small.name, small.tokens, small.special)
     without = tokenizer.from_state(state | {'tags': False})
     assert without.special == {END_OF_TEXT: len(small.tokens)} and without.sha256 == small.sha256
     del state['added']  # as earlier versions wrote it
