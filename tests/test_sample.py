@@ -1,6 +1,6 @@
 """sample.py: what reaches the model, where an answer stops, and what is printed."""
+import itertools
 import json
-import os
 
 import pytest
 
@@ -9,7 +9,7 @@ import train
 from configurator import UserError
 from conftest import BYTES
 from core import checkpoint, conversation
-from core.conversation import TEMPLATES, Turn
+from core.conversation import Turn
 from data.oasst import prepare
 
 
@@ -24,23 +24,19 @@ def model(save_model, tmp_path_factory):
 def script(monkeypatch):
     """A function: `generate` writes these answers, for each call a list of samples, from now on.
 
-    A sample is text with tags, or bytes. Returns the list of the prompts that reach the model.
+    A sample is text with tags. Returns the list of the prompts that reach the model.
     """
     prompts = []
     waiting = []
 
     def generate(model, asked, max_new_tokens, *others):
-        stops = others[-1]
         prompts.extend(asked)
         rows = []
         for text in waiting.pop(0):
-            row = list(text)
-            if isinstance(text, str):
-                row = BYTES.encode_with_tags(text).tolist()
-            ends = [i + 1 for i, token in enumerate(row) if token in stops]
+            row = BYTES.encode_with_tags(text).tolist()
+            ends = [i + 1 for i, token in enumerate(row) if token in others[-1]]
             rows.append(row[:min([max_new_tokens, *ends])])
-        for step in range(max(map(len, rows))):
-            yield [row[step] if step < len(row) else None for row in rows]
+        yield from itertools.zip_longest(*rows)
     monkeypatch.setattr(sample, 'generate', generate)
 
     def set_answers(*answers):
@@ -68,35 +64,27 @@ def test_the_seed_decides_unless_the_temperature_is_0(ask):
     assert one == other  # and the window is full at some time
 
 
-@pytest.mark.parametrize('template', TEMPLATES)
-@pytest.mark.parametrize('text', [' Oui ☃', '  two', '', ' ', ' Oui ☃'.encode()[:-1]])
-def test_streamed_and_whole_answers_agree(ask, script, template, text):
-    """One answer is streamed, several are printed when they are whole."""
-    script([text], [text, text])
-    streamed = ask(user='?', template=template).out
-    both = ask(user='?', template=template, num_samples=2).out
-    assert both == f'{streamed}---------------\n' * 2
-    if isinstance(text, bytes):
-        text = text.decode(errors='replace')
-    assert streamed == text.removeprefix(TEMPLATES[template].lead) + '\n'
-
-
-def test_a_character_is_printed_when_it_is_whole(model, script, monkeypatch):
+def test_an_answer_is_printed_by_characters_without_the_lead_of_its_template(
+        ask, script, monkeypatch):
+    script([' a☃'], [' a☃', ' b'])
     printed = []
-    monkeypatch.setattr('builtins.print', lambda *text, **_: printed.append(''.join(text)))
-    script(['a☃b</assistant>'])
-    sample.main([f'--out_dir={model}', '--user=?', '--device=cpu'])
-    assert [text for text in printed[1:] if text] == ['a', '☃', 'b']
+    with monkeypatch.context() as patch:
+        patch.setattr('builtins.print', lambda *text, **_: printed.append(''.join(text)))
+        ask(user='?', template='plain')
+    assert [text for text in printed[1:] if text] == ['a', '☃']
+    # Several answers are printed when they are whole.
+    rule = '---------------\n'
+    assert ask(user='?', template='plain', num_samples=2).out == f'a☃\n{rule}b\n{rule}'
 
 
 def test_where_an_answer_ends_and_is_trimmed(ask, script):
-    prompts = script(['Paris.</assistant></conversation>'], ['Paris.<|endoftext|>and more'])
+    prompts = script(['Paris.</assistant></conversation>'], ['Paris.<|endoftext|>and more'],
+                     ['One. Two. Thr</assistant>'], ['no stop</assistant>'],
+                     ['one</assistant>', 'twenty-two</assistant>', 'no end at all'])
     assert ask(user='Where?').out == ask(user='Where?').out == 'Paris.\n'
     assert prompts[0] == conversation.prompt([Turn('user', 'Where?')], BYTES)
-    script(['One. Two. Thr</assistant>'], ['no stop</assistant>'])
     assert ask(user='?', trim='sentence').out == 'One. Two.\n'
     assert ask(user='?', trim='sentence').out == 'no stop\n'
-    script(['one</assistant>', 'twenty-two</assistant>', 'no end at all'])
     out = ask(user='?', num_samples=3, max_new_tokens=11).out
     assert out.split('\n---------------\n') == ['one', 'twenty-two', 'no end at a', '']
 
@@ -115,15 +103,14 @@ def test_tags_count_in_start_and_are_text_in_user(ask, script, tmp_path):
 
 def test_a_chat_drops_the_oldest_turns_and_goes_on_after_a_mistake(ask, script):
     prompts = script(['first answer</assistant>'], ['B</assistant>'], ['C</assistant>'])
-    lines = ['a' * 90, 'b' * 60, 'c' * 90]
-    printed = ask(lines[0], 'x' * 300, '\udcff', *lines[1:], chat=True, max_new_tokens=12)
+    a, b, c = 'a' * 90, 'b' * 60, 'c' * 90
+    printed = ask(a, 'x' * 300, '\udcff', b, c, chat=True, max_new_tokens=12)
     assert printed.out == 'first answer\nB\nC\n'
     assert 'expected 1 to 256' in printed.err and 'surrogates' in printed.err
-    turns = [Turn('user', lines[0]), Turn('assistant', 'first answer'), Turn('user', lines[1])]
-    assert prompts[1] == conversation.prompt(turns, BYTES)
-    # With the third line it would not leave 12 of 256 tokens to the answer.
-    turns = [Turn('user', lines[1]), Turn('assistant', 'B'), Turn('user', lines[2])]
-    assert prompts[2] == conversation.prompt(turns, BYTES)
+    # With the first exchange, the third prompt would not leave 12 of 256 tokens to the answer.
+    for prompt, (first, answer, second) in zip(prompts[1:], [(a, 'first answer', b), (b, 'B', c)]):
+        turns = [Turn('user', first), Turn('assistant', answer), Turn('user', second)]
+        assert prompt == conversation.prompt(turns, BYTES)
 
 
 @pytest.mark.parametrize('keys, said', [
@@ -141,34 +128,28 @@ def test_a_mistake_is_a_line(ask, keys, said):
 
 def test_an_untuned_model_has_no_template_until_one_is_chosen(ask, monkeypatch):
     opened = checkpoint.open_model
-
-    def untuned(*arguments, **keys):
-        return opened(*arguments, **keys)._replace(template=None)
-    monkeypatch.setattr(checkpoint, 'open_model', untuned)
+    monkeypatch.setattr(checkpoint, 'open_model',
+                        lambda *given, **keys: opened(*given, **keys)._replace(template=None))
     with pytest.raises(UserError, match='has no template. Use --start, or choose one: --template'):
         ask(user='hi')
-    for template in TEMPLATES:
-        assert ask(user='hi', template=template, max_new_tokens=3).out
+    assert ask(user='hi', template='question', max_new_tokens=3).out
     assert ask(start='hi', max_new_tokens=3).out.startswith('hi')
 
 
 def test_the_three_commands_one_after_another_end_in_text(
-        tmp_path, monkeypatch, capsys, vocabulary, save_model, no_pictures):
-    """The third takes the run saved last, and says which."""
+        tmp_path, monkeypatch, capsys, vocabulary, no_pictures):
     monkeypatch.chdir(tmp_path)
-    question = "What's the capital of France?"
     with open('trees.jsonl', 'w') as file:
         for i in range(40):
             reply = {'message_id': f'{i}b', 'role': 'assistant', 'text': 'Paris.', 'lang': 'en'}
-            root = {'message_id': f'{i}a', 'role': 'prompter', 'text': question, 'lang': 'en',
+            root = {'message_id': f'{i}a', 'role': 'prompter', 'text': 'Where?', 'lang': 'en',
                     'replies': [reply]}
-            file.write(json.dumps({'message_tree_id': f'{i}a', 'prompt': root}) + '\n')
+            print(json.dumps({'message_tree_id': f'{i}a', 'prompt': root}), file=file)
     prepare.main(['--input=trees.jsonl', '--out_dir=data/oasst', f'--tokenizer={vocabulary}'])
     train.main(['config/finetune_oasst.py', '--init_from=scratch', '--n_layer=1', '--n_head=2',
                 '--n_embd=16', '--block_size=64', '--epochs=0', '--max_iters=2', '--device=cpu'])
-    os.utime(save_model('out/older', BYTES) + '/ckpt.pt', (0, 0))
     capsys.readouterr()
-    start = f'<conversation><user>{question}</user><assistant>'
+    start = '<conversation><user>Where?</user><assistant>'
     sample.main(['--init_from=resume', f'--start={start}', '--max_new_tokens=5', '--device=cpu'])
     printed = capsys.readouterr()
     assert printed.out.startswith(start) and len(printed.out) > len(start) + 1
