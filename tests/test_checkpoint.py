@@ -64,7 +64,7 @@ NOT_FINITE = make().model | {'transformer.wpe.weight': torch.full((32, 16), torc
 
 @pytest.mark.parametrize('key, to, said', [
     ('format_version', 99, 'has format 99; this code reads 1'),
-    ('tokenizer', 3, "tokenizer is '3', not .*dict"),
+    ('tokenizer', 3, "tokenizer is '3', not .*dict"), ('step', '2', "step is '2', not .*int"),
     ('template', 'ximl', "template 'ximl'.* do not fit together"),
     ('model_args', {'n_embd': 8}, 'do not fit together'),
     ('model', {}, 'Missing key.* do not fit together'),
@@ -76,8 +76,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, key, to, said):
     del contents[key]
     torch.save(contents, tmp_path / 'ckpt.pt')
     refused(tmp_path, f'{key}.* Expected a checkpoint')
-    (tmp_path / 'ckpt.pt').write_bytes(b'not a checkpoint')
-    refused(tmp_path, 'ckpt.pt cannot be read: .* a checkpoint')
 
 
 # ---- planted code ----
@@ -94,14 +92,14 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, read):
     proof = tmp_path / 'ran'
     payload = Payload(str(proof))
     torch.save(vars(make()) | {'step': payload}, tmp_path / 'torch')
+    tokenfile.write(str(tmp_path), {'train': [([1, 2, 3, 4], [0, 1, 1, 0])]},
+                    {'template': 'xml', 'tokenizer': BPE.state()})
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_embd": 16}')
     for planted in (pickle.dumps(payload), (tmp_path / 'torch').read_bytes()):
-        tokenfile.write(str(tmp_path), {'train': [([1, 2, 3, 4], [0, 1, 1, 0])]},
-                        {'template': 'xml', 'tokenizer': BPE.state()})
-        (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_embd": 16}')
         (tmp_path / name).write_bytes(planted)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=r'^[^\n]*\Z'):
             read(str(tmp_path))
-        assert '\n' not in str(error.value) and not proof.exists()
+        assert not proof.exists()
     pickle.loads(pickle.dumps(payload))  # it does run if somebody lets it
     assert proof.exists()
 
@@ -145,7 +143,7 @@ def test_added_tokens_are_kept_and_rows_without_a_token_are_dropped(padded):
     ({'model_type': 'llama'}, "model_type='llama'; this code computes GPT-2s"),
     ({'n_inner': 33}, 'n_inner=33'), ({'activation_function': 'relu'}, "function='relu'"),
     ({'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon=1e-06'),
-    ({'n_head': 5}, 'cannot be read: AssertionError'),
+    ({'n_head': 5}, 'cannot be read: AssertionError'), ({'n_embd': None}, 'cannot be read'),
     ({'n_layer': 2}, "KeyError 'transformer.h.1"),
     ({'n_positions': 512}, 'size mismatch for transformer.wpe.weight'),
     ({'vocab_size': 10}, 'has 10 tokens, its vocabulary 322'),
@@ -155,9 +153,3 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(padded, tmp_path, changes, s
     config = json.loads((folder / 'config.json').read_text()) | changes
     (folder / 'config.json').write_text(json.dumps(config))
     refused(folder, said)
-
-
-def test_a_folder_that_lacks_a_file_is_refused(tmp_path):
-    refused(tmp_path, 'config.json not found')
-    (tmp_path / 'config.json').write_text('{}')
-    refused(tmp_path, 'model.safetensors not found')

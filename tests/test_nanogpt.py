@@ -4,7 +4,6 @@ import os
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import sample
 from configurator import UserError
@@ -13,7 +12,7 @@ from core import checkpoint, tokenfile
 from core.tokenizer import Tokenizer
 from formats import nanogpt
 
-SHAPE = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'block_size': 16}
+transformers = pytest.importorskip('transformers')
 
 
 @pytest.fixture
@@ -29,49 +28,31 @@ def of_its_size(monkeypatch):
 
 
 def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
-    """Write what nanoGPT's train.py saves of a small random model; returns its state_dict."""
+    """Write what nanoGPT's train.py saves of a small random model; returns it as transformers'."""
     torch.manual_seed(1)
-    C = 8
-    shapes = {'transformer.wte': (vocab_size, C), 'transformer.wpe': (16, C),
-              'transformer.ln_f': (C,)}
-    for h in ('transformer.h.0', 'transformer.h.1'):
-        shapes |= {f'{h}.ln_1': (C,), f'{h}.attn.c_attn': (3 * C, C), f'{h}.attn.c_proj': (C, C),
-                   f'{h}.ln_2': (C,), f'{h}.mlp.c_fc': (4 * C, C), f'{h}.mlp.c_proj': (C, 4 * C)}
-    state = {f'{name}.weight': torch.randn(shape) for name, shape in shapes.items()}
-    for name, shape in shapes.items():
-        if bias and not name.endswith(('wte', 'wpe')):
-            state[f'{name}.bias'] = torch.randn(shape[0])
-    state['lm_head.weight'] = state['transformer.wte.weight']
-    saved = {prefix + name: p for name, p in state.items()}
+    shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 8}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        **shape, n_positions=16, vocab_size=vocab_size, activation_function='gelu')).eval()
+    saved = {}
+    for name, p in model.state_dict().items():
+        torch.nn.init.normal_(p)
+        if name.endswith('.bias') and not bias:
+            p.zero_()
+        else:
+            # nanoGPT's layers are Linear, those of transformers the transposed Conv1D.
+            saved[prefix + name] = p.T if p.dim() == 2 and '.h.' in name else p
     saved[f'{prefix}transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # of older versions
-    torch.save({'model': saved, 'model_args': SHAPE | {'bias': bias}, 'iter_num': 7} | changes,
+    model_args = {**shape, 'block_size': 16, 'bias': bias}
+    torch.save({'model': saved, 'model_args': model_args, 'iter_num': 7} | changes,
                path / 'ckpt.pt')
-    return state
-
-
-def logits(state, idx):
-    """What nanoGPT's model.py computes for idx (1, T), from the names of its weights."""
-    def get(name):
-        return state[f'transformer.{name}.weight'], state.get(f'transformer.{name}.bias')
-
-    def norm(name, x):
-        return F.layer_norm(x, x.shape[-1:], *get(name), 1e-5)
-    x = F.embedding(idx, get('wte')[0]) + get('wpe')[0][:idx.shape[1]]
-    for h in ('h.0', 'h.1'):
-        qkv = F.linear(norm(f'{h}.ln_1', x), *get(f'{h}.attn.c_attn'))
-        q, k, v = (part.view(1, -1, 2, 4).transpose(1, 2) for part in qkv.split(8, 2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + F.linear(y, *get(f'{h}.attn.c_proj'))
-        y = F.gelu(F.linear(norm(f'{h}.ln_2', x), *get(f'{h}.mlp.c_fc')))
-        x = x + F.linear(y, *get(f'{h}.mlp.c_proj'))
-    return F.linear(norm('ln_f', x), state['lm_head.weight'])
+    return model
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('vocab_size, bias, prefix, tags', [
     (50304, True, '', True), (50304, False, '_orig_mod.', False), (50257, False, '', True)])
 def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix, tags):
-    state = ckpt(tmp_path, vocab_size, bias, prefix)
+    theirs = ckpt(tmp_path, vocab_size, bias, prefix)
     nanogpt.main([f'--input={tmp_path}/ckpt.pt', f'--out={tmp_path}/my', f'--tags={tags}'])
     opened = checkpoint.open_model(str(tmp_path / 'my'))
     n = opened.tokenizer.vocab_size
@@ -79,7 +60,7 @@ def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix
     assert opened.tokenizer.tags == (n == 50263)
     assert opened.template is None and opened.model.config.gelu == 'none'
     idx = torch.cat([torch.tensor([[n - 1]]), torch.randint(0, n, (1, 14))], 1)
-    expected = logits(state, idx)[..., :n]
+    expected = theirs(idx).logits[..., :n]
     assert (opened.model(idx) - expected).abs().max() < 1e-4
     for block in opened.model.transformer.h:
         block.gelu = 'tanh'  # the test can tell one GELU from the other
