@@ -6,8 +6,8 @@ import pytest
 
 huggingface_hub = pytest.importorskip('huggingface_hub')
 
+import conftest
 import evaluate
-import train
 from configurator import UserError
 from core import checkpoint, tokenfile
 from core.conversation import Turn, encode
@@ -25,11 +25,8 @@ def run(tmp_path_factory, small):
     for name, more in (('talks', {'source': OASST}), ('mine', {})):
         tokenfile.write(str(base / 'data' / name), {'train': [(ids, mask)], 'val': [(ids, mask)]},
                         {'template': 'xml', 'tokenizer': small.state(), **more})
-    keys = {'init_from': 'scratch', 'dataset': 'talks,mine', 'data_dir': base / 'data',
-            'out_dir': base / 'out', 'n_layer': 1, 'n_head': 2, 'n_embd': 16, 'block_size': 64,
-            'batch_size': 1, 'gradient_accumulation_steps': 1, 'max_iters': 2, 'device': 'cpu',
-            'eval_interval': 1, 'learning_rate': 1e-2}
-    train.main([f'--{key}={value}' for key, value in keys.items()])
+    conftest.run(base / 'data', base / 'out', dataset='talks,mine', max_iters=2, eval_interval=1,
+                 batch_size=1, gradient_accumulation_steps=1)
     return base / 'out'
 
 
@@ -76,14 +73,16 @@ def test_the_licence_at_the_top_is_that_of_all_the_data(text_of, licences, front
 @pytest.mark.parametrize('begun, said, base', [
     ('gpt2-medium', '](https://huggingface.co/openai-community/gpt2-medium)',
      'openai-community/gpt2-medium'),
-    ('distilgpt2', 'distilbert/distilgpt2', 'distilbert/distilgpt2'),
     ('microsoft/DialoGPT-small', 'DialoGPT-small', 'microsoft/DialoGPT-small'),
-    ('/home/me/secret/first', 'the weights of first.', None),
+    ('/home/me/secret/my_first', 'the weights of my\\_first.', None),
     (None, 'not known which weights', None)])
 def test_what_it_began_with(text_of, begun, said, base):
-    text = text_of(origin={'init_from': begun, 'data': []})
+    data = [{'dataset': 'my_*data*', 'source': {'name': '<b>[x](y)|`'}}]
+    text = text_of(title='a_b', origin={'init_from': begun, 'data': data})
     assert said in text and 'secret' not in text
     assert front_matter(text).get('base_model') == base
+    # Markdown in a name is shown as it is.
+    assert '\n# a\\_b\n' in text and '- \\<b\\>\\[x\\](y)\\|\\`; licence' in text
 
 
 def test_scores_of_a_report_are_those_of_this_model(run, text_of, tmp_path):
@@ -100,13 +99,6 @@ def test_scores_of_a_report_are_those_of_this_model(run, text_of, tmp_path):
     report.write_text('{}')
     with pytest.raises(UserError, match='Expected the report.json of evaluate.py'):
         text_of(report)
-
-
-def test_markdown_in_a_name_is_shown_as_it_is(text_of):
-    data = [{'dataset': 'my_*data*', 'source': {'name': '<b>[x](y)|`'}}]
-    text = text_of(title='a_b', origin={'init_from': 'my_base', 'data': data})
-    assert '\n# a\\_b\n' in text and 'the weights of my\\_base.' in text
-    assert '- \\<b\\>\\[x\\](y)\\|\\`; licence' in text
 
 
 def test_what_nobody_knows_is_said(run):

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -28,7 +29,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.split('?')[0].strip('/').removeprefix('api/models/')
         self.server.asked.append(path)
         at = self.server.folder / path.replace(f'/resolve/{SHA}', '').replace(f'/tree/{SHA}', '')
-        announced = None
+        self.send_response(200)
         if path.endswith('/revision/main'):
             data = json.dumps({'id': 'x', 'sha': SHA}).encode()
         elif at.is_dir():
@@ -37,9 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 for file in at.iterdir()]).encode()
         else:
             data = at.read_bytes()
-            announced = b'something else' if at.name in self.server.lies else data
-        self.send_response(200)
-        if announced is not None:
+            announced = b'something else' if at.name == self.server.damaged else data
             self.send_header('ETag', hashlib.sha256(announced).hexdigest())
         self.send_header('X-Repo-Commit', SHA)
         self.send_header('Content-Length', str(len(data)))
@@ -53,21 +52,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """The server: .folder to put models in, .asked the files asked for, .lies to be damaged."""
+    """The server: .folder to put models in, .asked paths, .damaged: the name of a file."""
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.folder = tmp_path / 'hub'
     server.asked = []
-    server.lies = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.damaged = None
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     server.address = address = f'http://127.0.0.1:{server.server_port}'
-    template = address + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(hub.constants, 'ENDPOINT', address)
-    monkeypatch.setattr(hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    monkeypatch.setattr(hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(hub.constants, 'HF_HUB_DISABLE_TELEMETRY', True)
+    for name, value in {
+            'ENDPOINT': address,
+            'HUGGINGFACE_CO_URL_TEMPLATE': address + '/{repo_id}/resolve/{revision}/{filename}',
+            'HF_HUB_CACHE': str(tmp_path / 'cache'), 'HF_HUB_OFFLINE': False,
+            'HF_HUB_DISABLE_TELEMETRY': True}.items():
+        monkeypatch.setattr(hub.constants, name, value)
     monkeypatch.setenv('NO_PROXY', '127.0.0.1')
     yield server
+    close(server)
+
+
+def close(server):
     server.shutdown()
     server.server_close()
 
@@ -75,9 +78,8 @@ def server(tmp_path, monkeypatch):
 def save_model(folder, vocab_size=50257, **options):
     """A tiny random GPT-2."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16,
-                                     vocab_size=vocab_size)
-    model = transformers.GPT2LMHeadModel(config)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=vocab_size))
     model.save_pretrained(folder, **options)
     return model
 
@@ -92,10 +94,8 @@ def test_a_model_is_downloaded_once_and_then_opened_without_network(server, gpt2
         (folder / 'model.safetensors').unlink()
     first = checkpoint.open_model(name)
     assert ('/pytorch_model.bin' in str(server.asked)) == ('/' in name)
-    server.shutdown()
-    server.server_close()
-    second = checkpoint.open_model(name)
-    for opened in (first, second):
+    close(server)
+    for opened in (first, checkpoint.open_model(name)):
         wte = opened.model.transformer.wte.weight[:50257]
         assert torch.equal(wte, model.transformer.wte.weight)
         assert opened.tokenizer.sha256 == gpt2.sha256 and opened.description == name
@@ -112,11 +112,9 @@ def test_sample_asks_for_files_of_the_model_and_nothing_else(server, tmp_path, g
 
 def test_shards_and_a_vocabulary_of_its_own_are_downloaded(server, vocabulary, small):
     folder = server.folder / 'me' / 'mine'
-    n = small.with_tags(False).vocab_size
-    model = save_model(folder, n, max_shard_size='10KB')
+    model = save_model(folder, small.with_tags(False).vocab_size, max_shard_size='10KB')
     assert len(list(folder.glob('*.safetensors'))) > 1
-    with open(vocabulary, 'rb') as file:
-        (folder / 'tokenizer.json').write_bytes(file.read())
+    shutil.copy(vocabulary, folder / 'tokenizer.json')
     opened = checkpoint.open_model('me/mine')
     assert opened.tokenizer.sha256 == small.sha256
     assert torch.equal(opened.model.transformer.wpe.weight, model.transformer.wpe.weight)
@@ -125,7 +123,7 @@ def test_shards_and_a_vocabulary_of_its_own_are_downloaded(server, vocabulary, s
 def test_another_architecture_is_refused_before_its_weights_are_asked_for(server):
     folder = server.folder / 'meta' / 'llama'
     folder.mkdir(parents=True)
-    (folder / 'config.json').write_text(json.dumps({'model_type': 'llama', 'hidden_size': 64}))
+    (folder / 'config.json').write_text('{"model_type": "llama"}')
     (folder / 'model.safetensors').write_bytes(b'weights')
     with pytest.raises(UserError, match="model_type='llama'; this code computes GPT-2s"):
         checkpoint.open_model('meta/llama')
@@ -134,18 +132,17 @@ def test_another_architecture_is_refused_before_its_weights_are_asked_for(server
 
 def test_a_file_that_is_not_what_the_hub_announced_is_deleted(server, gpt2):
     save_model(server.folder / 'gpt2')
-    server.lies = ['model.safetensors']
+    server.damaged = 'model.safetensors'
     for _ in range(2):  # it is not left in the cache
         with pytest.raises(UserError, match='model.safetensors has sha256 .* It was deleted'):
             checkpoint.open_model('gpt2')
-    server.lies = []
+    server.damaged = None
     checkpoint.open_model('gpt2')
 
 
 def test_without_network_it_ends_in_a_line_within_seconds(server):
-    server.shutdown()
-    server.server_close()
+    close(server)
     started = time.monotonic()
-    with pytest.raises(UserError, match='gpt2 is not a folder here.*the network') as error:
+    with pytest.raises(UserError, match=r'^gpt2 is not a folder here[^\n]*the network[^\n]*\Z'):
         checkpoint.open_model('gpt2')
-    assert '\n' not in str(error.value) and time.monotonic() - started < 8
+    assert time.monotonic() - started < 8
