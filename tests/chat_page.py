@@ -2,12 +2,12 @@
 import contextlib
 import http.server
 import json
-import os
+import pathlib
 import select
 import shutil
 import threading
 
-PAGE = os.path.join(os.path.dirname(__file__), '..', 'web', 'chat.html')
+PAGE = pathlib.Path(__file__).parent.parent / 'web' / 'chat.html'
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome') or shutil.which('chrome')
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
          '--disable-component-update']
@@ -45,21 +45,18 @@ class Stub(http.server.ThreadingHTTPServer):
         super().server_close()
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
-
-    def translate_path(self, path):
-        return PAGE
 
     def send(self, status, body):
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
+        self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
 
     def do_GET(self):
         if self.path == '/':
-            super().do_GET()
+            self.send(200, PAGE.read_bytes())
             return
         self.server.keys.append(self.headers['Authorization'])
         if self.server.key and self.server.keys[-1] != f'Bearer {self.server.key}':
@@ -74,8 +71,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if isinstance(reply, tuple):
             self.send(reply[0], {'error': {'message': reply[1]}})
             return
-        self.send_response(200)
-        self.end_headers()
+        self.send(200, b'')
         for piece in reply:
             if isinstance(piece, Exception):
                 return

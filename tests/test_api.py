@@ -6,7 +6,7 @@ import pytest
 import configurator
 from conftest import BYTES
 from core import checkpoint, conversation
-from core.conversation import TEMPLATES, Turn
+from core.conversation import Turn
 from core.generate import Sampling
 
 pytest.importorskip('uvicorn', reason='serve.py needs requirements-serve.txt')
@@ -68,19 +68,15 @@ class Client(TestClient):
         return response.status_code, error
 
 
-# ---- answers ----
-
-@pytest.mark.parametrize('template', TEMPLATES)
-def test_an_answer_is_that_of_sample_py_for_every_template(template):
-    for answer in (b' Paris.', '🙂 x'.encode(), b' Gr\xc3', b' ', b''):
-        client = Client(answer=answer, template=template)
-        expected = conversation.answer_text(list(answer), BYTES, template)
-        assert client.text() == (expected, 'length')
-        assert client.text(RAW) == (answer.decode(errors='replace'), 'length')  # with its space
-    answer = [*b'Hi', BYTES.special['</assistant>'], *b'!', BYTES.end_of_text, *b'?']
+@pytest.mark.parametrize('template, text', [
+    ('xml', ' Hi'), ('alpaca', ' Hi</assistant>!'), ('plain', 'Hi</assistant>!')])
+def test_an_answer_starts_and_stops_as_its_template_says(template, text):
+    answer = [*b' Hi', BYTES.special['</assistant>'], *b'!', BYTES.end_of_text, *b'?']
     client = Client(answer=answer, template=template)
-    expected = 'Hi' if template == 'xml' else 'Hi</assistant>!'
-    assert client.text() == client.text(RAW) == (expected, 'stop')
+    assert client.text() == (text, 'stop')
+    assert client.text(RAW) == (f' {text.lstrip()}', 'stop')  # always with its space
+    client.answer = b' Gr\xc3'
+    assert client.text(RAW) == (' Gr\ufffd', 'length')
 
 
 def test_a_stop_string_is_found_wherever_the_tokens_end():
@@ -97,8 +93,6 @@ def test_a_failure_is_an_error_whole_and_in_the_stream():
     lines = client.post(CHAT, json={'messages': QUESTION, 'stream': True}).text.split('\n\n')
     assert json.loads(lines[-2].removeprefix('data: '))['error']['type'] == 'server_error'
 
-
-# ---- questions ----
 
 def test_messages_follow_the_rule_of_from_messages_and_forge_no_turn():
     client = Client()

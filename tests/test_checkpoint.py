@@ -78,8 +78,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, key, to, said):
     refused(tmp_path, f'{key}.* Expected a checkpoint')
 
 
-# ---- planted code ----
-
 def open_split(folder):
     tokenfile.Split([folder], 'train')
 
@@ -103,8 +101,6 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, read):
     pickle.loads(pickle.dumps(payload))  # it does run if somebody lets it
     assert proof.exists()
 
-
-# ---- folders in transformers' form ----
 
 @pytest.fixture(scope='module')
 def padded(vocabulary, tmp_path_factory):

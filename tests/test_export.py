@@ -57,8 +57,6 @@ def models(tmp_path_factory, learn, save_model):
     return found
 
 
-# ---- the chat template ----
-
 @pytest.mark.parametrize('template', TEMPLATES)
 def test_any_conversation_has_the_ids_and_the_mask_of_conversation_py(models, template):
     source, path = models[template]
@@ -113,8 +111,6 @@ def test_the_template_works_with_gpt2s_vocabulary(tmp_path, gpt2, save_model):
     assert theirs.decode(ids) == gpt2.decode(ids) and len(theirs) == gpt2.vocab_size
 
 
-# ---- the model ----
-
 @pytest.mark.parametrize('changes, dtype, tolerance', [
     ({}, 'float32', 1e-4), ({'bias': False}, 'float32', 1e-4), ({'gelu': 'none'}, 'float32', 1e-4),
     ({}, 'bfloat16', 0.05), ({}, 'float16', 0.01)])
@@ -148,8 +144,6 @@ def test_transformers_writes_and_stops_as_sample_py_does(models, template, capsy
         assert capsys.readouterr().out == 'Tokyo.\n'
 
 
-# ---- back in ----
-
 @pytest.mark.parametrize('template', TEMPLATES)
 def test_what_we_export_and_transformers_saves_opens_as_it_was(models, template, tmp_path):
     source, path = models[template]
@@ -167,8 +161,6 @@ def test_what_we_export_and_transformers_saves_opens_as_it_was(models, template,
     for name in export.FILES - {'README.md', 'model.gguf'}:
         assert (again / name).read_bytes() == (path / name).read_bytes(), name
 
-
-# ---- whole or not at all ----
 
 @pytest.fixture
 def replace(models, tmp_path):

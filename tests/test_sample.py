@@ -1,16 +1,13 @@
 """sample.py: what reaches the model, where an answer stops, and what is printed."""
 import itertools
-import json
 
 import pytest
 
 import sample
-import train
 from configurator import UserError
 from conftest import BYTES
 from core import checkpoint, conversation
 from core.conversation import Turn
-from data.oasst import prepare
 
 
 @pytest.fixture(scope='session')
@@ -134,23 +131,3 @@ def test_an_untuned_model_has_no_template_until_one_is_chosen(ask, monkeypatch):
         ask(user='hi')
     assert ask(user='hi', template='question', max_new_tokens=3).out
     assert ask(start='hi', max_new_tokens=3).out.startswith('hi')
-
-
-def test_the_three_commands_one_after_another_end_in_text(
-        tmp_path, monkeypatch, capsys, vocabulary, no_pictures):
-    monkeypatch.chdir(tmp_path)
-    with open('trees.jsonl', 'w') as file:
-        for i in range(40):
-            reply = {'message_id': f'{i}b', 'role': 'assistant', 'text': 'Paris.', 'lang': 'en'}
-            root = {'message_id': f'{i}a', 'role': 'prompter', 'text': 'Where?', 'lang': 'en',
-                    'replies': [reply]}
-            print(json.dumps({'message_tree_id': f'{i}a', 'prompt': root}), file=file)
-    prepare.main(['--input=trees.jsonl', '--out_dir=data/oasst', f'--tokenizer={vocabulary}'])
-    train.main(['config/finetune_oasst.py', '--init_from=scratch', '--n_layer=1', '--n_head=2',
-                '--n_embd=16', '--block_size=64', '--epochs=0', '--max_iters=2', '--device=cpu'])
-    capsys.readouterr()
-    start = '<conversation><user>Where?</user><assistant>'
-    sample.main(['--init_from=resume', f'--start={start}', '--max_new_tokens=5', '--device=cpu'])
-    printed = capsys.readouterr()
-    assert printed.out.startswith(start) and len(printed.out) > len(start) + 1
-    assert 'out/oasst/best.pt (step 2' in printed.err

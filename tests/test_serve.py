@@ -33,36 +33,30 @@ CHAT = '/v1/chat/completions'
 HALF = b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{'
 
 
-class Server:
-    """serve.py's server without its signals, as a context."""
+@contextlib.contextmanager
+def serving(folder, *arguments):
+    """The address of serve.py's server, which runs in a thread of its own, without its signals."""
+    arguments = [f'--init_from={folder}', '--device=cpu', *arguments]
+    with serve.listen('127.0.0.1', 0) as listening:
+        server, worker = serve.make_server(configurator.load(serve.Config, arguments))
+        thread = threading.Thread(target=serve.serve, args=(server, worker, listening))
+        thread.start()
+        yield f'http://127.0.0.1:{listening.getsockname()[1]}'
+        worker.end_all()
+        server.should_exit = True
+        thread.join(10)
 
-    def __init__(self, folder, *arguments):
-        self.listening = serve.listen('127.0.0.1', 0)
-        self.address = self.listening.getsockname()
-        self.url = f'http://127.0.0.1:{self.address[1]}'
-        arguments = [f'--init_from={folder}', '--device=cpu', *arguments]
-        self.uvicorn, self.worker = serve.make_server(configurator.load(serve.Config, arguments))
-        self.client = openai.OpenAI(base_url=f'{self.url}/v1', api_key='none', max_retries=0)
 
-    def __enter__(self):
-        parts = (self.uvicorn, self.worker, self.listening)
-        self.answering = threading.Thread(target=serve.serve, args=parts)
-        self.answering.start()
-        return self
+def chat(url, model, text, **more):
+    """What OpenAI's client gets for a question."""
+    client = openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0)
+    more = {'temperature': 1, 'seed': 7, 'max_tokens': 20} | more
+    messages = [{'role': 'user', 'content': text}]
+    return client.chat.completions.create(model=str(model), messages=messages, **more)
 
-    def __exit__(self, *_):
-        self.worker.end_all()
-        wait_until(lambda: self.uvicorn.started)
-        self.uvicorn.should_exit = True
-        self.answering.join(10)
 
-    def chat(self, model, text, **more):
-        more = {'temperature': 1, 'seed': 7, 'max_tokens': 20} | more
-        messages = [{'role': 'user', 'content': text}]
-        return self.client.chat.completions.create(model=str(model), messages=messages, **more)
-
-    def health(self):
-        return requests.get(f'{self.url}/health', timeout=30).json()
+def health(url):
+    return requests.get(f'{url}/health', timeout=30).json()
 
 
 @pytest.fixture(scope='module')
@@ -76,13 +70,13 @@ def models(tmp_path_factory, save_model):
 
 
 @pytest.fixture(scope='module')
-def server(models):
-    with Server(models / 'tuned', f'--compare={models / "other"}') as server:
-        yield server
+def url(models):
+    with serving(models / 'tuned', f'--compare={models / "other"}') as url:
+        yield url
 
 
 def alone(folder, text, template='xml'):
-    """The text that core.generate writes after the template's prompt, as Server.chat asks."""
+    """The text that core.generate writes after the template's prompt, as `chat` asks."""
     model = checkpoint.open_model(str(folder)).model
     ids = conversation.prompt([Turn('user', text)], BYTES, template)
     stops = conversation.stop_ids(BYTES, template)
@@ -90,79 +84,75 @@ def alone(folder, text, template='xml'):
     return conversation.answer_text([tokens[0] for tokens in steps], BYTES, template)
 
 
-def wait_until(true, seconds=10):
+def wait_for_writing(url, n, seconds=10):
+    """Wait until n answers are being written."""
     end = time.monotonic() + seconds
-    while not true():
+    while health(url)['writing'] != n:
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-# ---- answers ----
-
-def test_models_are_listed_and_answer_as_sample_py_does(server, models):
-    tuned, other = server.client.models.list().data
-    assert (tuned.id, tuned.role, tuned.template) == (str(models / 'tuned'), 'tuned', 'xml')
-    assert (other.id, other.role, other.template) == (str(models / 'other'), 'compare', 'alpaca')
-    assert tuned.defaults == {'temperature': 0.8, 'max_tokens': 256}  # what the page begins with
-    assert server.health() == {'status': 'ok', 'writing': 0, 'waiting': 0, 'places': 16}
-    for model in (tuned, other):
-        whole = server.chat(model.id, 'Hi')
+def test_models_are_listed_and_answer_as_sample_py_does(url, models):
+    tuned, other = requests.get(f'{url}/v1/models', timeout=30).json()['data']
+    assert (tuned['id'], tuned['role']) == (str(models / 'tuned'), 'tuned')
+    assert (other['id'], other['role']) == (str(models / 'other'), 'compare')
+    assert tuned['defaults'] == {'temperature': 0.8, 'max_tokens': 256}  # as the page begins
+    assert health(url) == {'status': 'ok', 'writing': 0, 'waiting': 0, 'places': 16}
+    for name, template in (('tuned', 'xml'), ('other', 'alpaca')):
+        whole = chat(url, models / name, 'Hi')
         text = ''
-        for chunk in server.chat(model.id, 'Hi', stream=True,
-                                 stream_options={'include_usage': True}):
+        for chunk in chat(url, models / name, 'Hi', stream=True,
+                          stream_options={'include_usage': True}):
             for choice in chunk.choices:
                 text += choice.delta.content
-        assert text == whole.choices[0].message.content == alone(model.id, 'Hi', model.template)
+        assert text == whole.choices[0].message.content == alone(models / name, 'Hi', template)
         # All but the last token of the prompt is remembered.
         cached = chunk.usage.prompt_tokens_details.cached_tokens
         assert cached == whole.usage.prompt_tokens - 1
 
 
-def test_several_at_once_get_what_they_get_alone(server, models):
+def test_several_at_once_get_what_they_get_alone(url, models):
     asked = ['x' * (3 + 7 * i) for i in range(12)]
     with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda text: server.chat(models / 'tuned', text), asked))
+        answers = list(pool.map(lambda text: chat(url, models / 'tuned', text), asked))
     for text, answer in zip(asked, answers):
         assert answer.choices[0].message.content == alone(models / 'tuned', text)
 
 
-# ---- limits ----
-
 def test_places_are_free_when_clients_have_gone_and_the_queue_is_limited(models):
     limits = ['--batch_size=1', '--queue=1', '--remember=0']
-    with Server(models / 'slow', *limits) as server, ThreadPoolExecutor(8) as pool:
+    with serving(models / 'slow', *limits) as url, ThreadPoolExecutor(8) as pool:
         for stream, n_bytes in ((True, 0), (True, 200), (False, 0)):
-            connection = http.client.HTTPConnection(*server.address)
+            connection = http.client.HTTPConnection(url.removeprefix('http://'))
             connection.request('POST', CHAT, json.dumps({**LONG, 'stream': stream}))
             if n_bytes:
                 connection.getresponse().read(n_bytes)
-            wait_until(lambda: server.health()['writing'] == 1)
+            wait_for_writing(url, 1)
             connection.close()
-            wait_until(lambda: server.health()['writing'] == 0, 1)
+            wait_for_writing(url, 0, 1)
         body = LONG | {'max_tokens': 40}
-        asked = [pool.submit(requests.post, server.url + CHAT, json=body) for _ in range(8)]
+        asked = [pool.submit(requests.post, url + CHAT, json=body) for _ in range(8)]
         found = sorted((one.result() for one in asked), key=lambda one: one.status_code)
     assert [one.status_code for one in found] == [200] * 2 + [429] * 6
     assert found[-1].json()['error']['code'] == 'queue_full'
 
 
-def test_large_requests_and_idle_connections_hold_up_nobody(server, models, capfd):
+def test_large_requests_and_idle_connections_hold_up_nobody(url, models, capfd):
     beginnings = [b'', b'GET /health HTT', HALF, b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n' * 400]
     large = json.dumps({'messages': [{'role': 'user', 'content': 'word ' * 190_000}]})
+    address = tuple(url.removeprefix('http://').split(':'))
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as pool:
         for i in range(200):
-            idle = stack.enter_context(socket.create_connection(server.address))
+            idle = stack.enter_context(socket.create_connection(address))
             idle.sendall(beginnings[i % 4])
-        asked = [pool.submit(requests.post, server.url + CHAT, large) for _ in range(16)]
+        asked = [pool.submit(requests.post, url + CHAT, large) for _ in range(16)]
         while not all(one.done() for one in asked):
             started = time.monotonic()
-            assert server.health()['status'] == 'ok' and time.monotonic() - started < 2
+            assert health(url)['status'] == 'ok' and time.monotonic() - started < 2
         assert [one.result().status_code for one in asked] == [400] * 16
-        assert server.chat(models / 'tuned', 'Hi').choices
+        assert chat(url, models / 'tuned', 'Hi').choices
     assert 'Traceback' not in capfd.readouterr().err
 
-
-# ---- the process ----
 
 def test_ctrl_c_ends_answers_and_leaves_no_traceback(models):
     command = [sys.executable, 'serve.py', f'--init_from={models / "slow"}', '--port=0']
@@ -201,9 +191,7 @@ def test_mistakes_at_the_start_are_one_line(script, tmp_path):
                            'Install them: pip install -r requirements-serve.txt\n')
 
 
-# ---- the page ----
-
-def test_the_page_shows_what_the_api_answers(server, models):
+def test_the_page_shows_what_the_api_answers(url, models):
     pytest.importorskip('playwright', reason='playwright is not installed')
     if not chat_page.CHROMIUM:
         pytest.skip('no Chromium is installed')
@@ -212,7 +200,7 @@ def test_the_page_shows_what_the_api_answers(server, models):
         page = browser.new_page()
         page.on('console', lambda message: faults.append(message.text))
         page.on('pageerror', lambda error: faults.append(str(error)))
-        page.goto(f'{server.url}/')
+        page.goto(url)
         page.wait_for_selector('#empty .answer')
         assert page.get_by_label('Temperature').input_value() == '0.8'  # the server's
         page.get_by_label('Temperature').fill('0')
@@ -222,7 +210,7 @@ def test_the_page_shows_what_the_api_answers(server, models):
         page.wait_for_selector('body:not(.busy)')
         texts = page.locator('article .text').all_text_contents()
         for name, text in zip(('tuned', 'other'), texts, strict=True):
-            answer = server.chat(models / name, question, temperature=0)
+            answer = chat(url, models / name, question, temperature=0)
             assert text == answer.choices[0].message.content
         assert not faults
 

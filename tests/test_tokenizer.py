@@ -27,8 +27,6 @@ def random_texts(n, seed=1):
         yield ''.join(rng.choices(pieces + chars, k=rng.randrange(30)))
 
 
-# ---- encoding ----
-
 def test_ids_are_gpt2s(gpt2):
     assert gpt2.encode("What's the capital?").tolist() == [2061, 338, 262, 3139, 30]
     theirs = tiktoken.get_encoding('gpt2')
@@ -63,8 +61,6 @@ def test_tags_count_where_the_person_who_runs_the_script_writes_them(small):
     with pytest.raises(ValueError):
         small.encode_with_tags('a\ud800b')  # half a surrogate pair
 
-
-# ---- vocabularies in transformers' form ----
 
 def write(path, content):
     path.write_text(json.dumps(content), encoding='utf-8')
@@ -153,8 +149,6 @@ def test_gpt2_without_cache_and_network_is_a_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='^[^\n]*TIKTOKEN_CACHE_DIR[^\n]*$'):
         tokenizer.load('gpt2')
 
-
-# ---- what a checkpoint keeps ----
 
 def test_the_state_brings_the_tokenizer_back(small):
     state = json.loads(json.dumps(small.state()))
