@@ -17,40 +17,32 @@ from types import SimpleNamespace
 import pytest
 
 from configurator import UserError
-from conftest import ROOT
-from core import readback, tokenfile
+from conftest import ROOT, read_back
 from data import common
 
 DATA = bytes(range(256)) * 16_384  # 4 MB
 PINS = {'it': {'url': None, 'sha256': hashlib.sha256(DATA).hexdigest(), 'licence': 'MIT'}}
 
 
-# ---- downloads ----
-
-def send(status, body, n_missing=0):
-    """An answer of a server that breaks off when n_missing bytes are still to come."""
-    def answer(request):
-        request.send_response(status)
-        request.send_header('Content-Length', str(len(body) + n_missing))
-        request.end_headers()
-        request.wfile.write(body)
-    return answer
-
-
-def send_rest(request):
-    send(206, DATA[int(request.headers['Range'][6:-1]):])(request)
-
-
 @pytest.fixture
 def get(tmp_path, monkeypatch):
-    """get(answer): the Source that is downloaded from a server with this answer.
+    """get(status, body): the Source that is downloaded from a server that answers with these.
 
     get.ranges: where each request began.
     """
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            get.ranges.append(int(self.headers['Range'][6:-1]))
-            get.answer(self)
+            start = int(self.headers['Range'][6:-1])
+            get.ranges.append(start)
+            status, body = get.answer
+            length = len(body)
+            if status == 206:
+                body = body[start:]
+                length = len(DATA) - start  # if the body is shorter, the connection breaks
+            self.send_response(status)
+            self.send_header('Content-Length', str(length))
+            self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *_):
             pass
@@ -60,7 +52,7 @@ def get(tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '*')
     pin = PINS['it'] | {'url': f'http://127.0.0.1:{server.server_port}/file.gz'}
 
-    def get(answer):
+    def get(*answer):
         get.answer = answer
         config = SimpleNamespace(input='', source='it')
         return common.Source(config, {'it': pin}, str(tmp_path))
@@ -70,32 +62,26 @@ def get(tmp_path, monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize('last', [send_rest, send(200, DATA)])
-def test_a_download_is_continued_by_the_next_run(get, tmp_path, last):
+@pytest.mark.parametrize('status', [206, 200])
+def test_a_download_is_continued_by_the_next_run(get, tmp_path, status):
     with pytest.raises(UserError, match='could not download .* Run this again to go on'):
-        get(send(206, DATA[:3 << 20], 1 << 20))
+        get(206, DATA[:3 << 20])
     assert not (tmp_path / 'file.gz').exists()
-    source = get(last)
-    assert get.ranges[0] == 0 < get.ranges[1] and len(get.ranges) == 2
-    assert (tmp_path / 'file.gz').read_bytes() == DATA
-    assert source.about['name'] == 'it' and source.about['bytes'] == len(DATA)
-    get(last)  # it is not fetched again
+    source = get(status, DATA)
+    assert get.ranges[0] == 0 < get.ranges[1]
+    assert source.about['name'] == 'it' and (tmp_path / 'file.gz').read_bytes() == DATA
+    get(status, DATA)  # it is not fetched again
     assert len(get.ranges) == 2 and os.listdir(tmp_path) == ['file.gz']
 
 
-def test_a_download_that_fails_is_one_line(get, tmp_path):
-    with pytest.raises(UserError) as error:
-        get(send(404, b''))
-    line = str(error.value)
-    assert '404' in line and '\n' not in line and f'put the file at {tmp_path}/file.gz' in line
+@pytest.mark.parametrize('status, body, said', [
+    (404, b'', '404.* put the file at .*/file.gz yourself'),
+    (200, b'<html>log in first</html>', 'file.gz is not the published file: .* Delete it')])
+def test_a_download_that_fails_is_one_line(get, status, body, said):
+    with pytest.raises(UserError, match=said) as error:
+        get(status, body)
+    assert '\n' not in str(error.value)
 
-
-def test_another_file_than_the_published_one_is_refused(get):
-    with pytest.raises(UserError, match='file.gz is not the published file: .* Delete it'):
-        get(send(200, b'<html>log in first</html>'))
-
-
-# ---- sources ----
 
 def open_source(path, data):
     path.write_bytes(data)
@@ -128,18 +114,14 @@ def test_lines_and_arrays_give_the_same_records(tmp_path, data, compress):
 @pytest.mark.parametrize('bad, why', [
     (b'{"n":', 'Expecting value'), (b'[1, 2]', 'TypeError'), (b'{"n": "\xff"}', 'invalid start'),
     (b'{"n":' * 10_000, 'RecursionError'), (b'{"n": "refused"}', 'invalid literal for int')])
-def test_a_broken_line_is_counted_and_named(tmp_path, capsys, bad, why):
+def test_up_to_one_broken_line_in_a_hundred_is_counted_and_named(tmp_path, capsys, bad, why):
     source = open_source(tmp_path / 'rows', b'\n'.join([*LINES[:150], bad, *LINES[150:]]))
     assert list(source.records(lambda record: int(record['n']))) == list(range(300))
     assert len(source.broken) == 1
     assert re.match(f'broken record 151: .*{why}', capsys.readouterr().err)
-
-
-def test_more_than_one_broken_record_in_a_hundred_is_an_error(tmp_path):
-    good = b'\n'.join(LINES[:198])
-    assert len(list(open_source(tmp_path / 'few', good + b'\nx\n[5]').records(dict))) == 198
-    with pytest.raises(UserError, match='3 of 201 records of .*many are broken, .* record 199: '):
-        list(open_source(tmp_path / 'many', good + b'\nx\n[5]\n5').records(dict))
+    source = open_source(tmp_path / 'rows', b'\n'.join([*LINES[:99], bad, bad]))
+    with pytest.raises(UserError, match=f'2 of 101 records .* broken, .* record 100: .*{why}'):
+        list(source.records(lambda record: int(record['n'])))
 
 
 @pytest.mark.parametrize('data, why', [
@@ -150,8 +132,6 @@ def test_a_file_that_cannot_be_read_to_its_end_is_one_line(tmp_path, data, why):
         list(open_source(tmp_path / 'rows', data).records(dict))
 
 
-# ---- splitting, workers ----
-
 def test_the_split_is_a_hash_that_stays_what_it_is():
     """With another one, a run resumed on data prepared anew would learn what it was tested on."""
     found = [common.split_by_hash(f'tree {i}', 1337, val=0.2, test=0.3) for i in range(12)]
@@ -159,7 +139,7 @@ def test_the_split_is_a_hash_that_stays_what_it_is():
 
 
 SLOW = """
-import os, sys, time
+import os, time
 from types import SimpleNamespace
 from data import common
 
@@ -216,23 +196,17 @@ def test_workers_start_as_on_a_mac_too(tmp_path, vocabulary):
     assert tokenfile.read_meta(str(tmp_path / 'out'))['kept'] == 5000
 
 
-# ---- the page about adding a data set ----
-
 def test_the_script_in_the_readme_prepares_a_data_set(tmp_path, gpt2, capsys, monkeypatch):
     text = pathlib.Path(ROOT, 'data', 'README.md').read_text(encoding='utf-8')
     code, = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    pairs = [[f'What is {i}, "exactly"?', f'It is\n{i}.'] for i in range(100)]
     with open(tmp_path / 'questions.csv', 'w', newline='', encoding='utf-8') as file:
         rows = csv.writer(file)
-        rows.writerow(['question', 'answer'])
-        rows.writerows([f'What is {i}, "exactly"?', f'It is\n{i}.'] for i in range(100))
-        rows.writerow(['A long one?', 'word ' * 2000])
+        rows.writerows([['question', 'answer'], *pairs, ['A long one?', 'word ' * 2000]])
     monkeypatch.setattr(sys, 'path', list(sys.path))
     exec(code, {'__file__': str(tmp_path / 'prepare.py')})
     assert capsys.readouterr().out == '100 conversations; 1 were too long\n'
-    found = []
-    for name in ('train', 'val'):
-        split = tokenfile.Split([str(tmp_path)], name)
-        found += [readback.decode(*split[i], gpt2) for i in range(len(split))]
-    assert 1 <= len(split) <= 12 and len(found) == 100
-    pairs = {(turns[0].text, turns[1].text) for turns in found}
-    assert pairs == {(f'What is {i}, "exactly"?', f'It is\n{i}.') for i in range(100)}
+    train = read_back(tmp_path)
+    val = read_back(tmp_path, 'val')
+    assert 1 <= len(val) <= 12
+    assert sorted([turn.text for turn in turns] for turns in train + val) == sorted(pairs)
