@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from core import conversation
+from conftest import read_back
 from core import tokenizer as vocabularies
 from core.tokenfile import Split, read_meta
 from demo import prepare, quiz
@@ -29,11 +29,11 @@ def test_the_table_has_every_country_once():
 
 
 def test_no_conversation_holds_a_never_asked_country_together_with_its_capital(conversations):
-    names = [(prepare.words(row['name']), prepare.words(row['capital'])) for row in NEVER_ASKED]
+    pairs = [(prepare.words(row['name']), prepare.words(row['capital'])) for row in NEVER_ASKED]
     met = set()
     for turns in conversations:
         text = prepare.words(' '.join(turn.text for turn in turns))
-        for pair in names:
+        for pair in pairs:
             found = {name for name in pair if name in text}
             assert len(found) < 2, text
             met |= found
@@ -48,29 +48,26 @@ def test_all_other_countries_are_asked_about_in_both_directions(conversations):
             assert (answer in answers) == (row not in NEVER_ASKED), answer
 
 
-@pytest.mark.parametrize('which', ['quiz', 'val'])
-def test_no_held_out_wording_stands_in_a_training_text(conversations, which):
+def test_no_held_out_wording_stands_in_a_training_text(conversations):
     texts = PROSE + [turn.text for turns in conversations for turn in turns]
     learned = '\n'.join(prepare.words(text) for text in texts)
-    for q in prepare.make_quiz(FACTS, NEVER_ASKED, WORDINGS, which):
-        assert prepare.words(q['question']) not in learned, q
+    for which in ('quiz', 'val'):
+        for q in prepare.make_quiz(FACTS, NEVER_ASKED, WORDINGS, which):
+            assert prepare.words(q['question']) not in learned, q
 
 
 def test_every_text_of_prose_names_the_capital_twice():
     for i, text in enumerate(PROSE):
         row = FACTS[i % len(FACTS)]
         assert text.count(row['capital']) >= 2 and row['country'][1:] in text, text
-        assert '{' not in text
 
 
 def test_what_is_written_reads_back(tmp_path):
     prepare.main([f'--out_dir={tmp_path}', '--n_texts=600', '--n_conversations=600'])
     vocabulary = vocabularies.from_state(read_meta(tmp_path / 'chat')['tokenizer'])
     ids, mask = Split([tmp_path / 'prose'], 'train')[199]
+    assert len(read_back(tmp_path / 'chat', 'val')) == 400
     assert mask.all() and vocabulary.decode(ids) in [f'{text}<|endoftext|>' for text in PROSE]
-    ids, mask = Split([tmp_path / 'chat'], 'val')[0]
-    answer = [int(i) for i, supervised in zip(ids, mask) if supervised]
-    assert conversation.answer_text(answer, vocabulary).endswith('.')
     with open(tmp_path / 'quiz.jsonl', encoding='utf-8') as file:
         questions = [json.loads(line) for line in file]
     groups = [q['group'] for q in questions]

@@ -1,5 +1,4 @@
 """The page about a data set: right numbers, every token, and nothing in it that can act."""
-import json
 import re
 
 import numpy as np
@@ -9,24 +8,9 @@ from configurator import UserError
 from core import tokenfile
 from core.conversation import Turn, encode
 from data import report
+from data.chat import prepare
 
 EVIL = '<script>alert(1)</script> & "q" </user> 🙂👩‍👩‍👧 Ünï\r\n\ttab'
-
-
-@pytest.fixture
-def prepared(tmp_path, small):
-    """A folder of 40 conversations, and much in its meta.json."""
-    examples = []
-    for i in range(40):
-        turns = [Turn('user', f'question {i} {EVIL}'), Turn('assistant', 'yes ' * i + EVIL)]
-        examples.append(encode(turns, small)[:2])
-    folder = str(tmp_path / 'out')
-    tokenfile.write(folder, {'train': examples[4:], 'val': examples[:4]}, {
-        'template': 'xml', 'tokenizer': small.state(), 'seen': 57, 'truncated': 3, 'seed': 7,
-        'dropped': {'language': 5, '<i>new': 12}, 'languages': {'en': 30, '<b>x': 2},
-        'counts': {'trees': 1234}, 'source': {'name': '<u>', 'url': 'https://x/y'},
-        'options': {'turns': 'all', 'lang': 'en'}, 'split_rule': 'by position'})
-    return folder
 
 
 @pytest.mark.parametrize('template', ['xml', 'alpaca'])
@@ -43,15 +27,23 @@ def test_every_token_is_there_with_its_mask_and_reads_as_the_text(small, templat
 
 def test_half_a_character_is_shown_as_such(small):
     half = small.encode('🙂').tolist()[:2]
-    broken = np.array([*half, small.special['</user>'], *small.encode('a').tolist()])
-    tokens = report.tokens_of(broken, np.array([0, 0, 0, 1]), small)
+    ids = np.array([*half, small.special['</user>'], *small.encode('a').tolist()])
+    tokens = report.tokens_of(ids, np.array([0, 0, 0, 1]), small)
     assert [token.text for token in tokens] == ['\ufffd', '</user>', 'a']
 
 
-def test_the_page_says_what_the_files_say(prepared):
-    report.main([f'--folder={prepared}', '--seed=1'])
-    with open(f'{prepared}/report.html', encoding='utf-8') as file:
-        page = file.read()
+def test_the_page_says_what_the_files_say(tmp_path, small):
+    examples = []
+    for i in range(40):
+        turns = [Turn('user', f'question {i} {EVIL}'), Turn('assistant', 'yes ' * i + EVIL)]
+        examples.append(encode(turns, small)[:2])
+    tokenfile.write(str(tmp_path), {'train': examples[4:], 'val': examples[:4]}, {
+        'template': 'xml', 'tokenizer': small.state(), 'seen': 57, 'truncated': 3, 'seed': 7,
+        'dropped': {'language': 5, '<i>new': 12}, 'languages': {'en': 30, '<b>x': 2},
+        'counts': {'trees': 1234}, 'source': {'name': '<u>', 'url': 'https://x/y'},
+        'options': {'turns': 'all', 'lang': 'en'}, 'split_rule': 'by position'})
+    report.main([f'--folder={tmp_path}', '--seed=1'])
+    page = (tmp_path / 'report.html').read_text(encoding='utf-8')
     for said in (
             '<h1>&lt;u&gt;</h1>', 'https://x/y', '<b>40</b><span>conversations kept of 57',
             '<td>language</td>', '<td>5</td>', '&lt;i&gt;new', '&lt;b&gt;x', '<td>1,234</td>',
@@ -63,7 +55,7 @@ def test_the_page_says_what_the_files_say(prepared):
     # A token has its ids in its title and is bold if it is supervised.
     pattern = r'<summary>train (\d+) .*?<div class="ids" dir="auto">(.*?)</div>'
     shown = re.search(pattern, page, re.DOTALL)
-    ids, mask = tokenfile.Split([prepared], 'train')[int(shown[1])]
+    ids, mask = tokenfile.Split([tmp_path], 'train')[int(shown[1])]
     found = []
     for kind, title in re.findall(r'<([bi])(?: class="tag")? title="([\d ]+)">', shown[2]):
         found += [(int(i), kind == 'b') for i in title.split()]
@@ -76,17 +68,13 @@ def test_a_histogram_has_all_of_them_in_few_columns(lengths):
     columns = report.histogram(lengths, lengths // 2)
     assert sum(column.conversations for column in columns) == len(lengths)
     assert len(columns) <= report.COLUMNS and columns[-1].last >= lengths.max()
-    ticks = report.ticks_of(columns)
-    assert 2 <= len(ticks) <= 7 and ticks[0] == (0, 0) and ticks[-1][0] <= 100
 
 
 def test_prepare_writes_the_page_if_asked(tmp_path, vocabulary):
-    from data.alpaca import prepare
-    rows = [{'instruction': f'Do {i}', 'output': 'done' * (i > 0)} for i in range(9)]
-    (tmp_path / 'rows.json').write_text(json.dumps(rows))
+    rows = '[{"question": "Hi", "answer": "Ho"}, {"question": "Hi", "answer": ""}]'
+    (tmp_path / 'rows.json').write_text(rows)
     prepare.main([f'--input={tmp_path}/rows.json', f'--tokenizer={vocabulary}',
-                  f'--out_dir={tmp_path}/out', '--report=True'])
-    page = (tmp_path / 'out' / 'report.html').read_text()
-    assert 'empty output' in page and page.count('<details open>') <= 8
+                  f'--out_dir={tmp_path}/out', '--val_fraction=0', '--report=True'])
+    assert 'empty message' in (tmp_path / 'out' / 'report.html').read_text()
     with pytest.raises(UserError, match='nowhere/meta.json not found'):
         report.main(['--folder=nowhere'])
