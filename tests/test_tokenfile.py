@@ -97,7 +97,7 @@ def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('ending', tokenfile.DTYPES)
-@pytest.mark.parametrize('change', [lambda data: data + data[-8:], lambda data: data[:-8]])
+@pytest.mark.parametrize('change', [lambda data: data + bytes(8), lambda data: data[:-8]])
 def test_files_that_disagree_are_refused_in_a_line(tmp_path, ending, change):
     """test_hostile_files.py has files that are damaged by accident."""
     written = write(tmp_path)
