@@ -18,6 +18,7 @@ import pytest
 
 from configurator import UserError
 from conftest import ROOT, read_back
+from core import tokenfile
 from data import common
 
 DATA = bytes(range(256)) * 16_384  # 4 MB

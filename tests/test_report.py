@@ -48,7 +48,7 @@ def test_the_page_says_what_the_files_say(tmp_path, small):
             '<h1>&lt;u&gt;</h1>', 'https://x/y', '<b>40</b><span>conversations kept of 57',
             '<td>language</td>', '<td>5</td>', '&lt;i&gt;new', '&lt;b&gt;x', '<td>1,234</td>',
             '3 kept ones are cut', 'by position', 'Seed: 7', 'several threads share', 'turns=all',
-            '<td>36</td>', '<s>↵</s>', ' &amp;'):
+            '<td>36</td>', '<s>↵</s>', '&amp;'):
         assert said in page, said
     assert page.count('<details open>') == 20
     assert not re.search(r'<(script|img|link|iframe|u>)|\b(src|href|on\w+)=|@import|url\(', page)
