@@ -2,15 +2,11 @@
 import csv
 import dataclasses
 import hashlib
-import importlib.util
-import multiprocessing
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -27,8 +23,8 @@ import tokenizers
 import torch
 from torch.utils import _pytree
 
-import configurator
 import train
+from configurator import UserError
 from core import checkpoint, conversation, readback, runlog, tokenfile, tokenizer
 from core.conversation import Turn
 from core.trainer import Trainer
@@ -41,8 +37,8 @@ TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.',
          'What is the capital of Japan?',
          "It's one of 12 words; they're done.\n\n    print('hello')\n",
          'Grüße! Привет. こんにちは 🙂 <user>']
-WORDS = ['red', 'green', 'blue', 'one', 'two', 'three', 'sun', 'moon', 'star', 'what', 'is', 'the',
-         'of', 'and', 'a', 'river', 'mountain', 'sea']
+WORDS = ('red green blue one two three sun moon star what is the of and a river mountain '
+         'sea').split()
 
 
 class Payload:
@@ -60,8 +56,7 @@ class Payload:
 @pytest.fixture(scope='session')
 def gpt2():
     """GPT-2's own vocabulary with the tags, if tiktoken has it in its cache."""
-    default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
-    cache = os.environ.get('TIKTOKEN_CACHE_DIR', default)
+    cache = os.environ.get('TIKTOKEN_CACHE_DIR', f'{tempfile.gettempdir()}/data-gym-cache')
     name = hashlib.sha1(tokenizer.GPT2_MERGES.encode()).hexdigest()
     if not os.path.exists(os.path.join(cache, name)):
         pytest.skip(f"GPT-2's vocab.bpe is not in tiktoken's cache, {cache}")
@@ -110,24 +105,29 @@ def read_back(folder, name='train'):
     return [readback.decode(*split[i], bpe, meta['template']) for i in range(len(split))]
 
 
+def write_data(folder, bpe, splits, template='xml'):
+    """A prepared folder of {split: [conversations, lists of turns]}."""
+    encoded = {}
+    for split, conversations in splits.items():
+        encoded[split] = [conversation.encode(turns, bpe, template)[:2] for turns in conversations]
+    tokenfile.write(str(folder), encoded, {'template': template, 'tokenizer': bpe.state()})
+
+
 @pytest.fixture(scope='session')
 def data(tmp_path_factory, learn):
     """A folder of small data sets: colours, unvalidated, and alien with another vocabulary."""
-    texts = [' '.join(WORDS)] * 20
-    bpe = tokenizer.load(learn(texts, 300))
     splits = {'train': [], 'val': []}  # 61 and 8 conversations
     for i in range(69):
         words = [WORDS[(i * k + k) % len(WORDS)] for k in range(3, 6 + i % 9)]
         turns = [Turn('user', ' '.join(words)), Turn('assistant', ' '.join(reversed(words)))]
-        ids, mask, _ = conversation.encode(turns, bpe)
-        splits['val' if i % 8 == 7 else 'train'].append((ids, mask))
-    base = str(tmp_path_factory.mktemp('data'))
-    meta = {'template': 'xml', 'tokenizer': bpe.state()}
-    tokenfile.write(f'{base}/colours', splits, meta)
-    tokenfile.write(f'{base}/unvalidated', {'train': splits['train'][:20], 'val': []}, meta)
-    meta['tokenizer'] = tokenizer.load(learn(texts, 290)).state()
-    tokenfile.write(f'{base}/alien', splits, meta)
-    return base
+        splits['val' if i % 8 == 7 else 'train'].append(turns)
+    texts = [' '.join(WORDS)] * 20
+    bpe = tokenizer.load(learn(texts, 300))
+    base = tmp_path_factory.mktemp('data')
+    write_data(base / 'colours', bpe, splits)
+    write_data(base / 'unvalidated', bpe, {'train': splits['train'][:20], 'val': []})
+    write_data(base / 'alien', tokenizer.load(learn(texts, 290)), splits)
+    return str(base)
 
 
 # ---- models ----
@@ -176,10 +176,10 @@ def save_model():
         ids = torch.tensor(ids.astype(int))
         learned = torch.tensor(mask[1:] == 1)
         for _ in range(steps):
+            optimizer.zero_grad()
             logits = model(ids[None, :-1])[0]
             torch.nn.functional.cross_entropy(logits[learned], ids[1:][learned]).backward()
             optimizer.step()
-            optimizer.zero_grad()
         os.makedirs(folder)
         saved = checkpoint.Checkpoint(
             model=model.state_dict(), model_args=dataclasses.asdict(model.config),
@@ -268,10 +268,9 @@ def assert_same_bits(one, two):
 def assert_same_run(one, two):
     """Two folders hold the same run, bit for bit, but for its keys and the time it took."""
     for name in ('ckpt.pt', 'best.pt'):
-        contents = []
-        for folder in (one, two):
-            saved = checkpoint.load(os.path.join(folder, name))
-            contents.append(vars(saved) | {'config': None, 'seconds': None})
+        contents = [vars(checkpoint.load(os.path.join(folder, name))) for folder in (one, two)]
+        for saved in contents:
+            del saved['config'], saved['seconds']
         assert_same_bits(*contents)
     assert log_of(one) == log_of(two)
 
@@ -283,7 +282,10 @@ def assert_near(one, two):
             assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), abs=1e-4), (a, b)
 
 
-# ---- processes ----
+def one_line(said):
+    """A context that expects a UserError of one line in which this pattern is found."""
+    return pytest.raises(UserError, match=rf'\A.*{said}.*\Z')
+
 
 @pytest.fixture
 def script(tmp_path):
@@ -293,75 +295,3 @@ def script(tmp_path):
         options = {'cwd': tmp_path, 'timeout': 60, 'capture_output': True, 'text': True} | options
         return subprocess.run(command, **options)
     return run
-
-
-@pytest.fixture
-def load_script(monkeypatch):
-    """A function that executes a script of the repository anew and returns its module."""
-    def run(path):
-        path = os.path.join(ROOT, path)
-        monkeypatch.syspath_prepend(os.path.dirname(path))
-        spec = importlib.util.spec_from_file_location('anew', path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, 'anew', module)
-        spec.loader.exec_module(module)
-        return module
-    return run
-
-
-def train_here(argv, output, cwd, environment):
-    """In a new process: run train.py, with all that it prints at the end of the file `output`."""
-    runlog.plot = lambda out_dir: None
-    os.environ.update(environment)
-    os.chdir(cwd)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = ['train.py', *argv]
-    configurator.run(train.main)
-
-
-@pytest.fixture
-def start():
-    """A function that starts n processes of train.py that train together, as torchrun would."""
-    # Forks of a process that has imported torch already: seconds faster than `python train.py`.
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['train', 'torch._dynamo'])
-    started = []
-
-    def run(argv, output, n=1, cwd='.'):
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = str(free.getsockname()[1])
-        processes = []
-        for rank in map(str, range(n)):
-            environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(n),
-                           'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-            process = server.Process(target=train_here, args=(argv, output, cwd, environment))
-            process.start()
-            processes.append(process)
-        started.extend(processes)
-        return processes
-    yield run
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def wait_for(text, output, processes):
-    """Wait until the file `output` contains the text, while the processes live."""
-    deadline = time.monotonic() + 60
-    found = ''
-    while text not in found:
-        alive = any(process.is_alive() for process in processes)
-        assert alive and time.monotonic() < deadline, (text, found)
-        time.sleep(0.01)
-        if os.path.exists(output):
-            found = pathlib.Path(output).read_text()
-
-
-def exit_codes(processes):
-    """The exit codes of the processes, when all have ended."""
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
