@@ -27,6 +27,7 @@ import train
 from configurator import UserError
 from core import checkpoint, conversation, readback, runlog, tokenfile, tokenizer
 from core.conversation import Turn
+from core.processes import Processes
 from core.trainer import Trainer
 from model import GPT, GPTConfig
 
@@ -222,13 +223,15 @@ def resume(out_dir, **changes):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """A function: all runs from now on stop after step n, as if by a signal; 0 lets them go on."""
+    """A function: from now on runs stop after step n, as if another process had got a signal."""
     step = Trainer.train_step
 
     def stop(n):
         def stopping(trainer, request):
-            request.asked = trainer.state.step + 1 == n
-            step(trainer, request)
+            asked = trainer.state.step + 1 == n
+            with monkeypatch.context() as patch:
+                patch.setattr(Processes, 'sum', lambda procs, *sums: [*sums[:2], asked])
+                step(trainer, request)
         monkeypatch.setattr(Trainer, 'train_step', stopping)
     return stop
 

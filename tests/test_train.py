@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import train
-from configurator import UserError
-from conftest import SMALL, assert_near, assert_same_bits, log_of, resume, run
+from conftest import SMALL, assert_near, assert_same_bits, log_of, one_line, resume, run
 from core import checkpoint, rows
 from core.trainer import learning_rate
 
@@ -42,17 +41,12 @@ def test_a_step_is_the_mean_over_all_its_supervised_tokens(data, tmp_path):
     assert_near(tmp_path / '1', tmp_path / '4')
 
 
-def test_evaluations_move_no_random_state(data, whole, tmp_path):
-    never = run(data, tmp_path, **SMALL | {'eval_interval': 1000})
-    often = checkpoint.load(whole / 'ckpt.pt')
-    assert_same_bits(never.model, often.model)
-
-
-def test_watching_answers_changes_no_bit(data, whole, tmp_path, capsys):
-    saved = run(data, tmp_path, **SMALL, sample_every=5, sample_prompt='what is red')
+def test_evaluating_and_watching_answers_change_no_bit(data, whole, tmp_path, capsys):
+    saved = run(data, tmp_path, **SMALL | {'eval_interval': 1000}, sample_every=5,
+                sample_prompt='what is red')
     said = [line for line in capsys.readouterr().out.split('\n') if 'what is red -> ' in line]
     assert len(said) == 2 and said[0].startswith('step 5/12')
-    other = checkpoint.load(whole / 'ckpt.pt')
+    other = checkpoint.load(whole / 'ckpt.pt')  # evaluated more often
     assert_same_bits([saved.model, saved.optimizer], [other.model, other.optimizer])
 
 
@@ -68,8 +62,6 @@ def test_an_epoch_sees_every_conversation_once(data, tmp_path, monkeypatch):
     # 27 rows in steps of 6
     assert run(data, tmp_path / '1', epochs=1.0, batch_size=3, max_iters=1000).step == 5
     assert sorted(seen) == list(range(61))
-    # Whichever ends first, max_iters or epochs.
-    assert run(data, tmp_path / '2', epochs=1.0, batch_size=3, max_iters=2).step == 2
 
 
 def test_the_norm_of_the_gradient_is_logged_clipped_or_not(data, tmp_path):
@@ -78,12 +70,10 @@ def test_the_norm_of_the_gradient_is_logged_clipped_or_not(data, tmp_path):
     norms = set()
     for clip in (0, 1e9, 1e-3):
         keys = {'max_iters': 2, 'log_interval': 1, 'grad_clip': clip}
-        models[clip] = run(data, tmp_path / str(clip), **keys).model
+        models[clip] = run(data, tmp_path / str(clip), **keys).model['transformer.wpe.weight']
         norms.add(log_of(tmp_path / str(clip))[1]['grad_norm'])
     assert len(norms) == 1 and 0.1 < float(norms.pop()) < 10
-    assert_same_bits(models[0], models[1e9])
-    name = 'transformer.wpe.weight'
-    assert not torch.equal(models[0][name], models[1e-3][name])
+    assert torch.equal(models[0], models[1e9]) and not torch.equal(models[0], models[1e-3])
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -115,13 +105,6 @@ def test_eval_only_prints_the_loss_and_writes_nothing(data, whole, capsys):
     assert {path: path.stat() for path in whole.iterdir()} == before
 
 
-def test_a_pretrained_folder_gets_the_tags_and_trains(data, tmp_path):
-    """A folder in transformers' form with the data's vocabulary, but without its tags."""
-    save_gpt2(tmp_path / 'model', 301)
-    saved = run(data, tmp_path / 'out', init_from=tmp_path / 'model', max_iters=1)
-    assert saved.model_args['vocab_size'] == 307
-
-
 def test_a_tuned_model_can_be_tuned_further(data, whole, tmp_path):
     """init_from=FOLDER takes the weights of a run, and nothing else of it."""
     saved = run(data, tmp_path, init_from=whole, max_iters=1, learning_rate=0.0)
@@ -129,45 +112,34 @@ def test_a_tuned_model_can_be_tuned_further(data, whole, tmp_path):
     assert_same_bits(saved.model, checkpoint.load(whole / 'ckpt.pt').model)
 
 
-# ---- mistakes ----
-
-def save_gpt2(folder, vocab_size):
-    """A tiny random GPT-2 in transformers' form, without a vocabulary."""
+@pytest.mark.parametrize('vocab_size, changes, said', [
+    (301, {}, ''), (99, {}, 'has 99 tokens, its vocabulary'),
+    (301, {'block_size': 65}, 'block_size=65 exceeds the 64 positions')])
+def test_a_pretrained_folder_gets_the_tags_and_trains(data, tmp_path, vocab_size, changes, said):
+    """A folder in transformers' form with the data's vocabulary, but without its tags."""
     transformers = pytest.importorskip('transformers')
-    torch.manual_seed(0)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64,
                                      vocab_size=vocab_size)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'model')
+    changes = {'init_from': tmp_path / 'model', 'max_iters': 1} | changes
+    if said:
+        with one_line(said):
+            run(data, tmp_path / 'out', **changes)
+    else:
+        assert run(data, tmp_path / 'out', **changes).model_args['vocab_size'] == 307
 
 
-NO_GPU = 'mps' if torch.cuda.is_available() else 'cuda:7'
-MISTAKES = [
+@pytest.mark.parametrize('changes, said', [
     ({'dataset': 'nothing'}, 'nothing/meta.json not found'),
     ({'init_from': 'gpt 5'}, 'neither a folder nor the name of a hub model'),
-    ({'init_from': 'MODEL', 'block_size': 65}, 'block_size=65 exceeds the 64 positions'),
-    ({'init_from': 'MODEL'}, 'has 99 tokens, its vocabulary'),
     ({'init_from': 'resume'}, 'ckpt.pt not found'),
     ({'dataset': 'colours,alien'}, 'were prepared with different vocabularies'),
     ({'dataset': 'unvalidated', 'eval_only': True}, 'unvalidated has no validation data'),
     ({'block_size': 4}, 'nothing to learn in train: of 61 conversations, 61 are longer'),
-    ({'device': NO_GPU}, 'is not on this machine'),
+    ({'device': 'mps' if torch.cuda.is_available() else 'cuda:7'}, 'is not on this machine'),
     ({'dtype': 'float16'}, 'needs a CUDA device'),
-    ({'n_embd': 33}, 'n_embd=33 is not a multiple of n_head=2'),
-]
-
-
-@pytest.mark.parametrize('changes, said', MISTAKES)
+    ({'n_embd': 33}, 'n_embd=33 is not a multiple of n_head=2')])
 def test_a_mistake_gets_one_line(data, tmp_path, changes, said):
-    if changes.get('init_from') == 'MODEL':
-        save_gpt2(tmp_path / 'model', 301 if 'block_size' in changes else 99)
-        changes = changes | {'init_from': tmp_path / 'model'}
-    with pytest.raises(UserError) as error:
+    with one_line(said):
         run(data, tmp_path / 'out', **changes)
-    assert said in str(error.value) and '\n' not in str(error.value)
     assert not list(tmp_path.glob('out/*.pt'))
-
-
-def test_mistakes_on_the_command_line_exit_with_2_without_a_traceback(script):
-    done = script('train.py', '--max_iter=5', '--lerning_rate=1', '--batch_size=none')
-    assert done.returncode == 2 and 'Traceback' not in done.stderr
-    assert done.stderr.count('\n') == 3 and "Did you mean 'max_iters'?" in done.stderr
