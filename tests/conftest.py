@@ -38,8 +38,8 @@ TEXTS = ['The capital of France is Paris, and that of Japan is Tokyo.',
          'What is the capital of Japan?',
          "It's one of 12 words; they're done.\n\n    print('hello')\n",
          'Grüße! Привет. こんにちは 🙂 <user>']
-WORDS = ('red green blue one two three sun moon star what is the of and a river mountain '
-         'sea').split()
+WORDS = ['red', 'green', 'blue', 'one', 'two', 'three', 'sun', 'moon', 'star', 'what', 'is', 'the',
+         'of', 'and', 'a', 'river', 'mountain', 'sea']
 
 
 class Payload:

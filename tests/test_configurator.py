@@ -1,5 +1,6 @@
 """configurator.py: which values count, which source wins, and that mistakes are named."""
 import glob
+import importlib
 import inspect
 import os
 import pathlib
@@ -70,12 +71,11 @@ CODE = "__import__('os').system('touch hacked')"
 
 
 @pytest.mark.parametrize('flag, value', [
-    ('--batch_size=0x10', 16), ('--batch_size= 5 * 8', 40), ('--n_embd=(7 // 2 + 1) * 6', 24),
-    ('--n_embd=-12', -12), ('--learning_rate=6e-4', 6e-4), ('--learning_rate=1', 1.0),
-    ('--learning_rate=1 / 4 - 0.125', 0.125), ('--dropout=0.999', 0.999), ('--compile', True),
-    ('--compile=True', True), ('--compile=false', False), ('--loss_on=all', 'all'),
-    ('--loss_on=', ''), ('--out_dir=a=b=c', 'a=b=c'), ('--out_dir=1+1', '1+1'),
-    ('--out_dir="quoted"', '"quoted"'), (f'--out_dir={CODE}', CODE)])
+    ('--batch_size=0x10', 16), ('--n_embd=(7 // 2 + 1) * 6', 24), ('--n_embd=-12', -12),
+    ('--learning_rate=6e-4', 6e-4), ('--learning_rate=1', 1.0), ('--dropout=0.999', 0.999),
+    ('--learning_rate= 1 / 4 - 0.125', 0.125), ('--compile', True), ('--compile=True', True),
+    ('--compile=false', False), ('--loss_on=all', 'all'), ('--loss_on=', ''),
+    ('--out_dir=a=b=c', 'a=b=c'), ('--out_dir="1"+1', '"1"+1'), (f'--out_dir={CODE}', CODE)])
 def test_a_flag_is_a_literal_or_arithmetic_or_text(flag, value):
     found = getattr(load(flag), flag[2:].partition('=')[0])
     assert found == value and type(found) is type(value)
@@ -84,10 +84,18 @@ def test_a_flag_is_a_literal_or_arithmetic_or_text(flag, value):
 def test_a_config_file_is_read(config_file):
     config = load(config_file(
         '\ufeff"""What it is for."""\nn_head = 8  # eight\nn_embd = (\n    8 * 64)\n'
-        'import time\nlearning_rate = 2\nout_dir = "out/" + "é" + str(time.time())\n'
-        'compile = True\n'))
+        'learning_rate = 2\nout_dir = "out/" + "é"\ncompile = True\n'))
     assert config == Keys(n_head=8, n_embd=512, learning_rate=2.0, out_dir='out/é', compile=True)
     assert type(config.learning_rate) is float
+
+
+def test_a_config_file_of_nanogpt_is_read(config_file):
+    config = c.load(train.Config, [config_file(
+        'import time\nwandb_log = False\nwandb_project = "x"\nwandb_run_name = "ft-" + '
+        'str(time.time())\nalways_save_checkpoint = False\neval_interval = 5\neval_iters = 40\n'
+        'gradient_accumulation_steps = 5 * 8\nlr_decay_iters = 20\nmin_lr = 1e-5\n'
+        'warmup_iters = 2\ndecay_lr = False\nbeta2 = 0.99\nlog_interval = 1\n')])
+    assert config.wandb_run_name == 'ft-' and config.gradient_accumulation_steps == 40
 
 
 INT = 'expected a value like 4'
@@ -124,18 +132,13 @@ def test_a_wrong_line_of_a_file_is_named_and_nothing_is_executed(config_file, te
     assert found in line and os.listdir() == ['run.py']
 
 
-def test_all_mistakes_are_reported_together(config_file):
+def test_all_mistakes_are_reported_together_and_then_combinations_that_cannot_work(config_file):
     name = config_file('n_haed = 4\nlearning_rate = "fast"\nbatch_size = 3\n')
     lines = mistakes(name, '--max_iter=3', '--compile=maybe', '--batch_size', '--n_head=5')
     found = [re.search('n_haed|learning_rate|max_iter|compile|batch', line)[0] for line in lines]
     assert found == ['n_haed', 'learning_rate', 'max_iter', 'compile', 'batch']
-
-
-def test_combinations_are_checked_once_all_values_are_read():
     assert mistakes('--n_head=5') == ['n_embd=768 is not a multiple of n_head=5.']
     assert load('--n_head=5', check=False).n_head == 5
-    line, = mistakes('--n_head=5', '--n_embd=wide')
-    assert line.startswith('n_embd on the command line')
 
 
 SCRIPTS = []
@@ -145,9 +148,10 @@ for path in sorted(glob.glob('**/*.py', root_dir=REPOSITORY, recursive=True)):
 
 
 @pytest.mark.parametrize('path', SCRIPTS)
-def test_the_help_of_a_script_explains_every_key(path, load_script, capsys):
+def test_the_help_of_a_script_explains_every_key(path, monkeypatch, capsys):
     """Each script's --help: exit code 0, its docstring, a line for every key with its default."""
-    module = load_script(path)
+    monkeypatch.syspath_prepend(os.path.join(REPOSITORY, os.path.dirname(path)))
+    module = importlib.import_module(path[:-3].replace('/', '.'))
     with pytest.raises(SystemExit, match='^0$'):
         module.main(['--help'])
     text = capsys.readouterr().out
@@ -156,14 +160,11 @@ def test_the_help_of_a_script_explains_every_key(path, load_script, capsys):
         assert re.search(rf'^    {field.name}: .* = .*  # \S', text, re.MULTILINE), field.name
 
 
-def test_a_mistake_of_a_script_is_a_line_each_and_exit_code_2(monkeypatch, capsys):
-    argv = ['train.py', '--max_iter=3', '--n_embd=abc', '--dropout=2', f'--seed={CODE}']
-    monkeypatch.setattr(sys, 'argv', argv)
-    with pytest.raises(SystemExit, match='^2$'):
-        c.run(train.main)
-    printed = capsys.readouterr()
-    starts = [line.split()[0] for line in printed.err.splitlines()]
-    assert printed.out == '' and starts == ['unknown', 'n_embd', 'dropout', 'seed']
+def test_a_mistake_of_a_script_is_a_line_each_and_exit_code_2(script):
+    done = script('train.py', '--max_iter=3', '--n_embd=abc', '--dropout=2', f'--seed={CODE}')
+    starts = [line.split()[0] for line in done.stderr.splitlines()]
+    assert starts == ['unknown', 'n_embd', 'dropout', 'seed']
+    assert done.returncode == 2 and done.stdout == ''
 
 
 def test_a_reader_that_has_seen_enough_ends_a_script_in_silence():
@@ -171,13 +172,6 @@ def test_a_reader_that_has_seen_enough_ends_a_script_in_silence():
     done = subprocess.run(f"{sys.executable} -c '{code}' | head -c 1", shell=True, cwd=REPOSITORY,
                           capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ('x', '')
-
-
-def test_train_knows_the_keys_of_nanogpts_config_files():
-    for name in ('wandb_log', 'wandb_project', 'wandb_run_name', 'always_save_checkpoint', 'min_lr',
-                 'eval_only', 'eval_iters', 'log_interval', 'gradient_accumulation_steps',
-                 'lr_decay_iters', 'warmup_iters', 'decay_lr', 'beta2', 'compile'):
-        assert hasattr(train.Config, name), name
 
 
 @pytest.mark.parametrize('path', glob.glob(os.path.join(REPOSITORY, 'config', '*.py')))

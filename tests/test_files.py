@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configurator import UserError
-from conftest import ROOT, run
+from conftest import ROOT, one_line, run
 from core import tokenfile
 from core.files import Bar, only_writer, reading, write_whole
 
@@ -31,18 +31,18 @@ HIDDEN = RuntimeError('unexpected pos 704 vs 598')  # torch.save's way to say so
 HIDDEN.__context__ = FULL
 
 
-@pytest.mark.parametrize('error, kind', [
-    (FULL, UserError), (HIDDEN, UserError), (RuntimeError('a bug'), RuntimeError),
-    (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_a_write_that_fails_changes_nothing(tmp_path, error, kind):
+@pytest.mark.parametrize('error, kind, said', [
+    (FULL, UserError, 'cannot write .*/file: No space left on device.'),
+    (HIDDEN, UserError, 'cannot write .*/file: No space left on device.'),
+    (RuntimeError('a bug'), RuntimeError, 'a bug'),
+    (KeyboardInterrupt('Ctrl-C'), KeyboardInterrupt, 'Ctrl-C')])
+def test_a_write_that_fails_changes_nothing(tmp_path, error, kind, said):
     path = tmp_path / 'file'
     path.write_text('before')
-    with pytest.raises(kind) as found:
+    with pytest.raises(kind, match=said):
         with write_whole(str(path)) as file:
             file.write('half')
             raise error
-    if kind == UserError:
-        assert str(found.value).startswith(f'cannot write {path}: No space left on device.')
     assert path.read_text() == 'before' and os.listdir(tmp_path) == ['file']
 
 
@@ -60,16 +60,16 @@ def test_files_are_on_the_disk_before_their_names_and_meta_comes_last(tmp_path, 
         replace(source, target)
     monkeypatch.setattr(os, 'fsync', spy_fsync)
     monkeypatch.setattr(os, 'replace', spy_replace)
-    with write_whole(str(tmp_path / 'file')) as file:
-        file.write('größe\n\r\n')
-    assert (tmp_path / 'file').read_bytes() == 'größe\n\r\n'.encode()
-    assert found == ['flush file.tmp', 'rename to file', f'flush {tmp_path.name}']
-    found.clear()
     tokenfile.write(str(tmp_path), {'train': [([1, 2], [0, 1])]}, {})
     names = ['train.bin', 'train.mask.bin', 'train.idx.bin', 'meta.json']
     flushed = [f'flush {name}' for name in names]
     renamed = [f'rename to {name}' for name in names]
     assert found == [*flushed, *renamed, f'flush {tmp_path.name}']
+    found.clear()
+    with write_whole(str(tmp_path / 'file')) as file:
+        file.write('größe\n\r\n')
+    assert (tmp_path / 'file').read_bytes() == 'größe\n\r\n'.encode()
+    assert found == ['flush file.tmp', 'rename to file', f'flush {tmp_path.name}']
 
 
 HOLD = """
@@ -80,7 +80,7 @@ with only_writer(sys.argv[1]):
         print(os.getpid(), flush=True)
     time.sleep(600)
 """
-BUSY = 'cannot write to .*: another process is writing to it. Use --out_dir=FOLDER'
+BUSY = 'another process is writing to it. Use --out_dir=FOLDER'
 
 
 def test_a_second_writer_says_so_until_the_first_is_gone_though_its_workers_live(tmp_path):
@@ -89,7 +89,7 @@ def test_a_second_writer_says_so_until_the_first_is_gone_though_its_workers_live
     first = subprocess.Popen(hold, cwd=ROOT, text=True, stdout=subprocess.PIPE)
     worker = int(first.stdout.readline())
     try:
-        with pytest.raises(UserError, match=BUSY):
+        with one_line(BUSY):
             tokenfile.write(folder, {}, {})
         assert os.listdir(folder) == ['.lock']
         first.kill()
@@ -99,7 +99,7 @@ def test_a_second_writer_says_so_until_the_first_is_gone_though_its_workers_live
             tokenfile.write(folder, {}, {})
             # The end of this inner writer is not that of the outer one.
             done = subprocess.run(hold, cwd=ROOT, text=True, stderr=subprocess.PIPE)
-            assert 'another process is writing to it' in done.stderr
+            assert BUSY in done.stderr
     finally:
         os.kill(worker, signal.SIGKILL)
 

@@ -90,7 +90,7 @@ def test_a_mistake_is_printed_by_one_process_and_ends_all_with_2(torchrun, capsy
 # ---- several processes ----
 
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
-    """By torchrun; tests/stress/kills.py kills and stops them. An epoch is 27 rows in steps of 2: in the last one a process has no row."""
+    """By torchrun. An epoch is 27 rows in steps of 2: in the last one a process has no row."""
     keys = {'dropout': 0.0, 'batch_size': 1, 'epochs': 1.0, 'max_iters': 0, 'eval_interval': 7,
             'log_interval': 1}
     one = run(data, tmp_path / '1', **keys)

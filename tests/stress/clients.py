@@ -53,11 +53,8 @@ def make_model(folder):
 def ask(url, seed):
     """One request of a client who may go away; how it ended."""
     rng = random.Random(seed)
-    body = {
-        'messages': [{'role': 'user', 'content': 'x' * rng.randrange(1, 700)}],
-        'max_tokens': rng.randrange(1, 300),
-        'stream': rng.random() < 0.7,
-    }
+    body = {'messages': [{'role': 'user', 'content': 'x' * rng.randrange(1, 700)}],
+            'max_tokens': rng.randrange(1, 300), 'stream': rng.random() < 0.7}
     if rng.random() < 0.05:
         body = LARGE
     n_lines = rng.choice([0, 9, 10_000])

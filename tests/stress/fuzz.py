@@ -5,7 +5,6 @@
 A finding ends the run with a traceback. --first=NUMBER --inputs=1 shows it again.
 """
 import contextlib
-import copy
 import glob
 import gzip
 import io
@@ -27,7 +26,7 @@ from core.readback import decode
 from data.oasst import prepare as oasst
 from model import GPT, GPTConfig
 
-# The file that is damaged.
+# The file that is damaged, of those that make() writes.
 TARGETS = {'oasst': 'source', 'vocabulary': 'tokenizer.json', 'checkpoint': 'ckpt.pt'}
 SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
 PIECES = [b'', b'\n', b'"', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
@@ -42,10 +41,9 @@ class Config:
 
 
 def damage_value(value, rng):
-    """A copy of nested dicts and lists in which something is another value."""
+    """Nested dicts and lists in which something is replaced by another value."""
     if not isinstance(value, dict | list) or not value:
         return rng.choice(VALUES)
-    value = copy.copy(value)
     key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
     value[key] = damage_value(value[key], rng)
     return value
@@ -71,13 +69,32 @@ def damage(data, rng):
     return b'\n'.join(lines)
 
 
-# ---- each target: what is written, how it is read once damaged, and what must hold ----
+# ---- what is written, how each target is read once damaged, and what must hold ----
 
-def make_vocabulary():
+def message(name, role, *replies):
+    return {'message_id': name, 'text': f'text {name} <user>', 'role': role, 'lang': 'en',
+            'rank': 0, 'deleted': False, 'review_result': True, 'replies': replies}
+
+
+def make(target):
+    """Write all files into the current folder; returns the bytes of the one to damage."""
     vocab = {tokenizer.to_unicode(token): i for i, token in enumerate(SMALL.tokens)}
     merges = [['a', 'b'], [tokenizer.to_unicode(b' '), 't']]
+    model = {'vocab': vocab, 'merges': merges}
+    answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
     with open('tokenizer.json', 'w') as file:
-        json.dump({'added_tokens': [], 'model': {'vocab': vocab, 'merges': merges}}, file)
+        json.dump({'added_tokens': [], 'model': model}, file)
+    with open('source', 'w') as file:
+        for name in 'uvw':
+            tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
+            print(json.dumps(tree), file=file)
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=SMALL.vocab_size)
+    saved = checkpoint.Checkpoint(
+        model=dict(GPT(shape).state_dict()), model_args=vars(shape), template='xml',
+        tokenizer=SMALL.state(), config={}, step=3, val_loss=1.5)
+    checkpoint.save(saved, 'ckpt.pt')
+    with open(TARGETS[target], 'rb') as file:
+        return file.read()
 
 
 def read_vocabulary():
@@ -86,20 +103,6 @@ def read_vocabulary():
     ids = bpe.encode(text).tolist()
     assert bpe.decode(ids) == text and not {*ids} & {*bpe.special.values()}
     assert max(ids) < bpe.vocab_size <= 2 ** 16
-
-
-def message(name, role, *replies):
-    return {'message_id': name, 'text': f'text {name} <user>', 'role': role, 'lang': 'en',
-            'rank': 0, 'deleted': False, 'review_result': True, 'replies': replies}
-
-
-def make_oasst():
-    make_vocabulary()
-    answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
-    with open('source', 'w') as file:
-        for name in 'uvw':
-            tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
-            print(json.dumps(tree), file=file)
 
 
 def read_oasst():
@@ -115,32 +118,14 @@ def read_oasst():
     for name in meta['splits']:
         split = tokenfile.Split(['out'], name)
         n += len(split)
-        for i in range(len(split)):
-            assert decode(*split[i], SMALL, meta['template'])
+        assert all(decode(*split[i], SMALL, meta['template']) for i in range(len(split)))
     assert n == meta['kept'] == meta['seen'] - sum(meta['dropped'].values()) > 0
-
-
-def make_checkpoint():
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=SMALL.vocab_size)
-    saved = checkpoint.Checkpoint(
-        model=dict(GPT(shape).state_dict()), model_args=vars(shape), template='xml',
-        tokenizer=SMALL.state(), config={}, step=3, val_loss=1.5)
-    checkpoint.save(saved, 'ckpt.pt')
 
 
 def read_checkpoint():
     opened = checkpoint.open_model('.')
     model = opened.model.float().eval()
     next(generate(model, [[opened.tokenizer.end_of_text]], 1, Sampling(temperature=0)))
-
-
-# ---- running ----
-
-def make(target):
-    """Write the target's files into the current folder; returns the bytes of the one to damage."""
-    globals()[f'make_{target}']()
-    with open(TARGETS[target], 'rb') as file:
-        return file.read()
 
 
 def check(target, data, number):

@@ -73,7 +73,7 @@ def start(config, out_dir, die_at=0):
 def live(config, out_dir, rank, port, die_at):
     """In a child: train, from the checkpoint if there is one. Never returns.
 
-    die_at: kill itself just before so many operations on files of out_dir. The first one has some.
+    die_at: the first process kills itself just before so many operations on files of out_dir.
     """
     base = os.path.dirname(out_dir)
     with open(os.path.join(base, 'output.txt'), 'a') as file:
@@ -84,10 +84,11 @@ def live(config, out_dir, rank, port, die_at):
     numbers = itertools.count(1)
 
     def hook(operation, arguments):
-        if operation in OPERATIONS and str(arguments[0]).startswith(out_dir):
-            if rank == 0 and next(numbers) == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
+        counts = operation in OPERATIONS and str(arguments[0]).startswith(out_dir)
+        if counts and next(numbers) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        sys.addaudithook(hook)
     flags = ['--init_from=resume', f'--out_dir={out_dir}']
     if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
         flags = conftest.flags(
