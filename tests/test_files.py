@@ -111,14 +111,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize('stream, delay, shown', [
-    (Terminal, 0, True), (Terminal, 2, False), (io.StringIO, 0, False)])
-def test_a_bar_is_shown_on_a_terminal_after_a_delay(monkeypatch, stream, delay, shown):
-    monkeypatch.setattr(sys, 'stderr', stream())
-    assert list(Bar(range(3), 'waiting', mininterval=0, delay=delay)) == [0, 1, 2]
-    assert ('waiting: 100%' in sys.stderr.getvalue()) == shown
-
-
 def test_training_is_shown_below_its_lines(monkeypatch, capsys, data, tmp_path, no_pictures):
     impatient = functools.partialmethod(Bar.__init__, delay=0, mininterval=0)
     monkeypatch.setattr(Bar, '__init__', impatient)
