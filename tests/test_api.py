@@ -124,7 +124,7 @@ def test_the_oldest_turns_are_left_out_where_that_is_asked():
 
 def test_a_request_has_its_own_parameters_or_the_servers():
     client = Client('--temperature=0.5', '--max_new_tokens=7')
-    client.text(top_k=None, n=1, logprobs=False, user='me', metadata={})
+    client.text(top_k=None, n=1, logprobs=False, tools=[], chat_id='7', keep_alive='5m', user='me')
     request = client.asked
     assert request.sampling == Sampling(temperature=0.5, top_k=200)
     assert request.max_new_tokens == 7
@@ -148,7 +148,7 @@ def test_a_request_has_its_own_parameters_or_the_servers():
     ({'max_tokens': '12'}, 400, 'max_tokens', 'integer'),
     ({'seed': 10 ** 400}, 400, 'seed', 'less than'),
     ({'stop': ['x'] * 5}, 400, 'stop', 'at most 4'),
-    ({'n': 2}, 400, 'n', '1'),
+    ({'n': 2}, 400, 'n', 'no effect'), (b'[1]', 400, None, 'an object'),
     ({'temprature': 0.5}, 400, 'temprature', 'not known')])
 def test_a_bad_request_gets_openais_error(body, status, param, said):
     found, error = Client().refusal(body)

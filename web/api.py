@@ -3,9 +3,9 @@
 A parameter that would have no effect here is refused, never ignored in silence.
 Source: https://platform.openai.com/docs/api-reference/chat
 """
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from starlette.responses import JSONResponse
 
 from core import conversation
@@ -24,6 +24,19 @@ class ApiError(Exception):
     def response(self):
         return JSONResponse(self.body, self.status)
 
+
+# Parameters that clients send although they have no effect here, with the values that ask for none.
+NEUTRAL = {
+    'logit_bias': [{}], 'logprobs': [False, 0], 'top_logprobs': [0], 'typical_p': [1],
+    'repeat_penalty': [1], 'n': [1], 'best_of': [1], 'echo': [False], 'suffix': [''],
+    'tools': [[]], 'tool_choice': ['none', 'auto'], 'functions': [[]],
+    'response_format': [{'type': 'text'}], 'modalities': [['text']], 'reasoning_effort': ['none'],
+}
+# Parameters that change no answer, whatever their value.
+IGNORED = {
+    'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key',
+    'parallel_tool_calls', 'cache_prompt', 'keep_alive', 'chat_id', 'session_id', 'id',
+}
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -53,12 +66,17 @@ class Body(BaseModel, extra='forbid', strict=True):
     no_repeat_ngram_size: Natural | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    # what clients send although it changes nothing here
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
+
+    @model_validator(mode='before')
+    def without_neutral(cls, values):
+        """Leave out what would change nothing."""
+        if not isinstance(values, dict):
+            return values  # refused below
+        kept = {}
+        for name, value in values.items():
+            if name not in IGNORED and value not in NEUTRAL.get(name, ()):
+                kept[name] = value
+        return kept
 
     def sampling(self, config):
         """How to choose tokens: as the request says, and otherwise as the server does."""
