@@ -153,6 +153,7 @@ def measure(name, config, questions, device):
         tags = TEMPLATES[meta['template']].tags
         if not tags:
             template = meta['template']
+    # A model that was tuned here has its own template.
     opened = checkpoint.open_model(name, which=config.which, tags=tags)
     template = opened.template or template
     prepare(opened.model, device, config.dtype)

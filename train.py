@@ -128,6 +128,7 @@ def open_model(config, folders):
         raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
                         f'{opened.description}. Use --block_size={positions} or less.')
     opened.model.set_dropout(config.dropout)
+    # A run goes on only with the data it began with, and a new one begins here.
     data = [tokenfile.fingerprint(folder) for folder in folders]
     if config.init_from == 'resume':
         checkpoint.check_resume(opened.checkpoint, opened.description, asdict(config), data)
@@ -204,6 +205,7 @@ def loop(trainer, log, request):
             break
         trainer.train_step(request)
         log.bar.update()
+        # Say how it goes, in numbers and in words.
         if state.step % config.log_interval == 0 or state.step == config.max_iters:
             log_line(trainer, log, before)
             state.interval = (0.0, 0)
@@ -238,6 +240,7 @@ def clear_out_dir(config):
 
 def train(config, procs):
     """Run the configuration in this process."""
+    # The model, and the data packed into rows.
     folders = tokenfile.find_folders(config.dataset, config.data_dir)
     opened = open_model(config, folders)
     vocab_size = opened.tokenizer.vocab_size
@@ -267,6 +270,7 @@ def train(config, procs):
 
     if not silent and config.init_from != 'resume':
         clear_out_dir(config)
+    # What a person reads first: the data, the model, how long, and whether it is bit for bit.
     log = RunLog(config, trainer.state, silent)
     log.say(train_rows.describe())
     log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')

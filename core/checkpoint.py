@@ -159,6 +159,7 @@ def open_checkpoint(path):
 def open_pretrained(name, vocabulary):
     """The Opened model of a folder in transformers' form, or of a hub name."""
     model, config, folder = pretrained.open_folder(name)
+    # Its own vocabulary, if it has one; else that of the data, or GPT-2's.
     n_rows = model.config.vocab_size
     if any(os.path.exists(os.path.join(folder, file)) for file in pretrained.VOCABULARY):
         tokenizer = tokenizers.load(folder, tags=False)

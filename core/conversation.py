@@ -179,6 +179,7 @@ def join(parts):
 
 def prompt(turns, tokenizer, template='xml'):
     """The ids (list) that `encode` puts before the text of the assistant's next turn."""
+    # Only the answer is supervised, so the prompt ends where the mask begins.
     before = [turn._replace(supervised=False) for turn in turns]
     ids, mask, _ = encode([*before, Turn('assistant', '')], tokenizer, template)
     return ids[:mask.argmax()].tolist()

@@ -111,6 +111,7 @@ def from_hub(name):
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     # Comes with transformers; not always needed.
     from huggingface_hub import errors, snapshot_download
+    # First without the network: most often everything is there.
     small = ['config.json', *VOCABULARY]
     try:
         folder = snapshot_download(name, allow_patterns=small, local_files_only=True)
@@ -124,6 +125,7 @@ def from_hub(name):
         folder = snapshot_download(name, allow_patterns=small)
         # Another architecture is refused before its weights are fetched.
         read_config(folder)
+        # Old models have no safetensors.
         snapshot_download(name, allow_patterns=[*small, 'model*.safetensors*'])
         if not os.path.exists(weight_files(folder)[0]):
             snapshot_download(name, allow_patterns=[*small, 'pytorch_model*.bin*'])

@@ -29,6 +29,7 @@ def write(folder, splits, meta):
 
     splits: {name: [(ids, mask), …]}, two arrays (n,) for each conversation.
     """
+    # The bytes of each file, and what meta.json says about them.
     files = {}
     counts = {}
     for split, conversations in splits.items():
@@ -54,6 +55,7 @@ def write(folder, splits, meta):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             os.mkdir(partial)
+            # Readers see the old files until all of the new ones are on the disk.
             for name, data in files.items():
                 with open(os.path.join(partial, name), 'wb') as file:
                     file.write(data)

@@ -199,6 +199,7 @@ def print_text(examples, config):
 
 def export(examples, source, config, folder, splits, recipe, **meta):
     """Write the token files, print a table and the next command. meta: more for meta.json."""
+    # Encode everything, and see what can be used.
     encoded = list(encode_all(examples, config, source.about['bytes']))
     kept = [example for example in encoded if not example.drop]
     dropped = Counter(example.drop for example in encoded if example.drop)
@@ -221,6 +222,7 @@ def export(examples, source, config, folder, splits, recipe, **meta):
              'languages': Counter(example.language for example in kept if example.language),
              'counts': source.counts, 'broken_lines': len(source.broken)}
     meta = tokenfile.write(folder, files, meta)
+    # The same counts for a person, and what to do next.
     rows = {**source.counts, 'broken records': len(source.broken),
             'conversations seen': len(encoded), '  kept': len(kept),
             '  of these, truncated': meta['truncated']}
