@@ -269,9 +269,10 @@ class CrossEntropy(torch.autograd.Function):
             # The logarithm of the sum of all exp(logit): that of the likeliest class is exact.
             log_sum = part.amax(-1).float() - p.amax(-1).log()
             loss += (log_sum - part[at_target].float()).sum()
-            # The gradient of the logits: the probabilities, minus 1 at the target.
-            p[at_target] -= 1
-            part.copy_(p)
+            if ctx.needs_input_grad[0]:
+                # The gradient of the logits: the probabilities, minus 1 at the target.
+                p[at_target] -= 1
+                part.copy_(p)
         ctx.save_for_backward(logits)
         return loss
 

@@ -128,7 +128,7 @@ def open_model(config, folders):
         raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
                         f'{opened.description}. Use --block_size={positions} or less.')
     opened.model.set_dropout(config.dropout)
-    # A run goes on only with the data it began with, and a new one begins here.
+    # A resumed run must have the data that it began with; a new one records it.
     data = [tokenfile.fingerprint(folder) for folder in folders]
     if config.init_from == 'resume':
         checkpoint.check_resume(opened.checkpoint, opened.description, asdict(config), data)
@@ -205,7 +205,7 @@ def loop(trainer, log, request):
             break
         trainer.train_step(request)
         log.bar.update()
-        # Say how it goes, in numbers and in words.
+        # Log the steps since the last line, and show an answer if --sample_every asks for one.
         if state.step % config.log_interval == 0 or state.step == config.max_iters:
             log_line(trainer, log, before)
             state.interval = (0.0, 0)
@@ -270,7 +270,7 @@ def train(config, procs):
 
     if not silent and config.init_from != 'resume':
         clear_out_dir(config)
-    # What a person reads first: the data, the model, how long, and whether it is bit for bit.
+    # Print the data, the model, the length of the run, and what breaks bit-equality on resume.
     log = RunLog(config, trainer.state, silent)
     log.say(train_rows.describe())
     log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')

@@ -62,7 +62,10 @@ def flush_folder(folder):
 
 @contextlib.contextmanager
 def only_writer(folder, option='out_dir'):
-    """Make the folder and keep other processes from writing to it. option: the key to name it."""
+    """Make the folder and keep other processes from writing to it.
+
+    option: the key that chooses another folder, for the error message.
+    """
     try:
         os.makedirs(folder, exist_ok=True)
         lock = filelock.FileLock(os.path.join(folder, '.lock'), timeout=0, is_singleton=True)

@@ -92,8 +92,8 @@ class Sampling(NamedTuple):
 def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, stops=()):
     """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
 
-    An answer ends with a token of `stops`, or when its window is full: learned positions cannot
-    be moved on. From then on the list has None for it.
+    An answer ends with a token of `stops`, or when its window is full: there are no positions
+    beyond it. After that the list has None for it.
     """
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)

@@ -125,7 +125,7 @@ def plot(out_dir):
             axes.legend()
     title = os.path.basename(os.path.abspath(out_dir))
     axes.set(xlabel='step', ylabel='nats per supervised token')
-    axes.set_title(title, parse_math=False)  # a dollar sign is nothing but one
+    axes.set_title(title, parse_math=False)  # a dollar sign is not mathematics
     axes.grid(alpha=0.3)
     with write_whole(os.path.join(out_dir, 'loss.png'), 'wb') as file:
         figure.savefig(file, dpi=120)

@@ -212,7 +212,7 @@ def export(examples, source, config, folder, splits, recipe, **meta):
         ids = np.frombuffer(example.ids, np.uint16)
         mask = np.frombuffer(example.mask, np.uint8)
         files[example.split].append((ids, mask))
-    # Nobody else is to see where a file lay on this machine.
+    # Leave out this machine's paths: meta.json may be published.
     options = dataclasses.asdict(config) | {'input': '', 'out_dir': ''}
     meta |= {'source': source.about, 'template': config.template,
              'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,

@@ -165,6 +165,7 @@ def main(argv):
     source = common.Source(config, SOURCES, HERE)
     shares = {'val': config.val_fraction, 'test': config.test_fraction}
     examples = []
+    prompts = []
     seen = set()
     for turns, drop in source.records(lambda record: read_row(record, source.counts)):
         prompt = prompt_of(turns)
@@ -173,6 +174,7 @@ def main(argv):
         seen.add((prompt, *turns[1:]))
         split = common.split_by_hash(prompt, config.seed, **shares)
         examples.append(common.Example(len(examples), split, turns, drop=drop))
+        prompts.append(prompt)
     names = ['train', 'val']
     rule = 'hash of the normalised prompt'
     if config.test_fraction:
@@ -183,10 +185,11 @@ def main(argv):
         splits = split_by_position(len(examples), config)
         examples = [example._replace(split=split) for example, split in zip(examples, splits)]
         # Unlike a hash, positions may put one prompt in two splits.
-        trained_on = {prompt_of(x.turns) for x in examples if x.split == 'train' and not x.drop}
-        for example in examples:
-            if example.split != 'train' and prompt_of(example.turns) in trained_on:
-                source.counts[f'prompts of {example.split} that are also in train'] += 1
+        used = [(prompt, x.split) for prompt, x in zip(prompts, examples) if not x.drop]
+        trained_on = {prompt for prompt, split in used if split == 'train'}
+        for prompt, split in used:
+            if split != 'train' and prompt in trained_on:
+                source.counts[f'prompts of {split} that are also in train'] += 1
     name = source.about['name']
     if name not in SOURCES:
         name = 'mine'

@@ -123,7 +123,7 @@ def wait(pids, until=float('inf')):
 
 
 def finish(config, out_dir):
-    """Let it come to its end."""
+    """Run it to the end; UserError if it fails."""
     codes = set(wait(start(config, out_dir)).values())
     if codes != {0}:
         raise UserError(f'it ended with {codes}; see {out_dir} and output.txt beside it')
