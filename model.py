@@ -7,7 +7,7 @@ is a DocumentAttention in training (each conversation by itself) and a KVCache i
 Source: Radford et al. 2019. Weights have the names of https://github.com/openai/gpt-2.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from configurator import Count, Fraction
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPTConfig:
     """The shape of a model. vocab_size counts real tokens, without the padding rows."""
     n_layer: Count = 12
@@ -51,9 +51,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(C, bias=bias)
         self.mlp = nn.ModuleDict({
             'c_fc': nn.Linear(C, 4 * C, bias), 'c_proj': nn.Linear(4 * C, C, bias)})
-        # No dropout inside attention: on a CPU it makes attention three to six times slower.
-        self.dropout = nn.Dropout(config.dropout)
-        self.gelu = config.gelu
+        self.config = config
 
     def before(self, x):
         """The stream (N, C) -> queries, keys and values (N, 3C)."""
@@ -61,9 +59,11 @@ class Block(nn.Module):
 
     def after(self, x, y):
         """The stream x (N, C) and attention's output y (N, C) -> the stream (N, C)."""
-        x = x + self.dropout(self.attn.c_proj(y))
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu)
-        return x + self.dropout(self.mlp.c_proj(h))
+        # No dropout inside attention: on a CPU it makes attention three to six times slower.
+        p = self.config.dropout
+        x = x + F.dropout(self.attn.c_proj(y), p, self.training)
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.config.gelu)
+        return x + F.dropout(self.mlp.c_proj(h), p, self.training)
 
 
 # nn.Embedding(…) would draw random numbers, and init_weights draws them again.
@@ -80,7 +80,6 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({
             'wte': embedding(torch.empty(config.padded_vocab_size, config.n_embd)),
             'wpe': embedding(torch.empty(config.block_size, config.n_embd)),
-            'drop': nn.Dropout(config.dropout),
             'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             'ln_f': nn.LayerNorm(config.n_embd, bias=config.bias)})
         # Decoding puts a faster way to multiply by wte here.
@@ -109,7 +108,7 @@ class GPT(nn.Module):
     def body(self, idx, positions, attend):
         """idx, positions (N,) int64 -> the stream after the last norm (N, C)."""
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
-        x = self.transformer.drop(x)
+        x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
             qkv = block.before(x)
             x = block.after(x, attend(layer, qkv))
@@ -165,28 +164,20 @@ class GPT(nn.Module):
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
 
-    def set_dropout(self, dropout):
-        """Change the dropout of a model that was loaded."""
-        self.config = replace(self.config, dropout=dropout)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = dropout
-
     @torch.no_grad()
     def add_tokens(self, pieces):
-        """Add tokens to the vocabulary: {new id: ids of the pieces it would be as text}.
+        """Add tokens to the vocabulary. pieces: for each, the ids that it would be as text.
 
-        The ids follow the vocabulary. A new row is the mean of its pieces' embeddings: a random
-        one would wreck a small GPT-2. The new logit is the mean of theirs; no other changes.
+        A new row is the mean of its pieces' embeddings: a random one would wreck a small GPT-2.
+        The new logit is the mean of theirs; no other changes.
         """
-        old = self.config.vocab_size
         wte = self.transformer.wte.weight
-        new_rows = torch.stack([wte[pieces[i]].mean(0) for i in range(old, old + len(pieces))])
-        self.set_embedding(torch.cat([wte[:old], new_rows]))
+        new_rows = torch.stack([wte[ids].mean(0) for ids in pieces])
+        self.set_embedding(torch.cat([wte[:self.config.vocab_size], new_rows]))
 
     def set_embedding(self, rows):
         """Replace the token embedding by rows (vocab_size, C), and pad it."""
-        self.config = replace(self.config, vocab_size=len(rows))
+        self.config.vocab_size = len(rows)
         rows = F.pad(rows.detach(), (0, 0, 0, self.config.padded_vocab_size - len(rows)))
         self.transformer.wte = embedding(rows)
 

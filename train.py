@@ -10,6 +10,7 @@ needs only the weights, the optimizer's state and the number of the step.
 import math
 import os
 import shlex
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from configurator import Count, Fraction, Natural, NonNegative, Range, Seed, Use
 class Config:
     # where from, where to
     init_from: str = 'gpt2'          # scratch, resume, a hub name such as gpt2-medium, or a folder
-    out_dir: str = 'out'             # for ckpt.pt, best.pt, log.csv, loss.png and config.json
+    out_dir: str = 'out'             # for ckpt.pt, best.pt, log.csv and loss.png
     overwrite: bool = False          # replace the run that is in out_dir
     dataset: str = 'oasst'           # a prepared folder in data_dir; several with commas are mixed
     data_dir: str = 'data'           # looked for here, then beside train.py
@@ -100,7 +101,7 @@ from core.files import only_writer, reading
 from core.processes import StopRequest, processes
 from core.rows import Rows
 from core.runlog import RunLog
-from core.trainer import Trainer, learning_rate
+from core.trainer import Trainer
 from model import GPT, GPTConfig
 
 
@@ -119,100 +120,93 @@ def open_model(config, folders):
         model = GPT(GPTConfig(
             n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=config.bias,
             block_size=config.block_size, vocab_size=tokenizer.vocab_size))
-        opened = checkpoint.Opened(model, tokenizer, template, 'a new model', None, '')
+        opened = checkpoint.Opened(model, tokenizer, template, 'a new model')
     else:
-        where = config.out_dir if config.init_from == 'resume' else config.init_from
-        opened = checkpoint.open_model(where, vocabulary=tokenizer)
+        opened = checkpoint.open_model(config.init_from, config.out_dir, vocabulary=tokenizer)
     positions = opened.model.config.block_size
     if config.block_size > positions:
         raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
                         f'{opened.description}. Use --block_size={positions} or less.')
-    opened.model.set_dropout(config.dropout)
+    opened.model.config.dropout = config.dropout
     # A resumed run must have the data that it began with; a new one records it.
-    data = [tokenfile.fingerprint(folder) for folder in folders]
+    data = [tokenfile.fingerprint(meta) for meta in metas]
     if config.init_from == 'resume':
         checkpoint.check_resume(opened.checkpoint, opened.description, asdict(config), data)
         opened.checkpoint.config = asdict(config)
         return opened
-    origin = {'init_from': config.init_from, 'data': tokenfile.sources(folders)}
+    sources = []
+    for folder, meta in zip(folders, metas):
+        n_tokens = sum(counts['tokens'] for counts in meta['splits'].values())
+        sources.append({'dataset': os.path.basename(folder), 'source': meta.get('source'),
+                        'tokens': n_tokens})
     state = Checkpoint(
         model={}, model_args=asdict(opened.model.config), template=template,
         tokenizer=opened.tokenizer.state(), config=asdict(config), step=0, val_loss=None,
-        data=data, origin=origin)
+        data=data, origin={'init_from': config.init_from, 'data': sources})
     return opened._replace(template=template, checkpoint=state)
 
 
-def evaluate_and_save(trainer, log, request, is_last):
+def evaluate_and_save(trainer, log, request):
     """Evaluate, log it, and write the checkpoints that are due."""
     config = trainer.config
     state = trainer.state
     val_loss = trainer.evaluate(request)
     if trainer.stopped:
         return
-    state.evaluated_at = state.step
+    state.val_loss = val_loss
     better = False
     if val_loss is not None:
         better = state.best is None or val_loss < state.best
-        state.n_worse = 0 if better else state.n_worse + 1
-        # First the row, then best.pt, then ckpt.pt: killed in between, the run comes back from
-        # the older ckpt.pt and writes all of them again.
-        log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', val_loss=repr(val_loss),
-                  seconds=f'{state.seconds:.2f}')
+        log.write(state.step, epoch=trainer.epoch(), val_loss=val_loss)
         log.say(f'step {state.step}/{config.max_iters} | val_loss {val_loss:.4f}'
                 f'{" (best so far)" if better else ""}')
         log.draw()
     if better:
         state.best = val_loss
-    # Nothing is learned at step 0.
-    if state.step > 0 or is_last:
+        state.best_step = state.step
+    # Nothing is learned at step 0. First best.pt: killed in between, the run comes back from the
+    # older ckpt.pt and writes both again.
+    if state.step > 0:
         if better:
-            trainer.save('best.pt', val_loss)
+            trainer.save('best.pt')
         if better or val_loss is None or config.always_save_checkpoint:
-            trainer.save('ckpt.pt', val_loss)
-
-
-def log_line(trainer, log, before):
-    """Report the steps since `before`, the state at the last line of the log."""
-    config = trainer.config
-    state = trainer.state
-    loss_sum, n_tokens = state.interval
-    if not n_tokens:
-        return  # all of these steps were skipped
-    loss = loss_sum / n_tokens
-    lr = learning_rate(config, state.step - 1)
-    took = state.seconds - before.seconds
-    tokens_per_s = (n_tokens - before.interval[1]) / took
-    left = (config.max_iters - state.step) * took / (state.step - before.step)
-    log.write(step=state.step, epoch=f'{trainer.epoch():.4f}', loss=repr(loss),
-              learning_rate=repr(lr), grad_norm=repr(trainer.grad_norm),
-              tokens_per_s=f'{tokens_per_s:.1f}', seconds=f'{state.seconds:.2f}')
-    log.say(f'step {state.step}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | '
-            f'{tokens_per_s:,.0f} supervised tokens/s | {timedelta(seconds=round(left))} left')
+            trainer.save('ckpt.pt')
 
 
 def loop(trainer, log, request):
     """Steps, evaluations, log lines and checkpoints, until the last step or a signal."""
     config = trainer.config
     state = trainer.state
-    before = replace(state)  # at the last line of the log
+    started = time.monotonic()
+    first_step = state.step
+    losses = []  # since the last line
     trainer.model.train()
     while not trainer.stopped:
         is_last = state.step >= config.max_iters
-        due = state.step % config.eval_interval == 0 or is_last
-        if due and state.evaluated_at != state.step:
-            evaluate_and_save(trainer, log, request, is_last)
-        if trainer.stopped or is_last or 0 < config.patience <= state.n_worse:
+        due = is_last or state.step % config.eval_interval == 0
+        # A run that goes on may have been evaluated here before.
+        if due and state.val_loss is None:
+            evaluate_and_save(trainer, log, request)
+        n_worse = (state.step - state.best_step) // config.eval_interval
+        lost_patience = state.best is not None and 0 < config.patience <= n_worse
+        if trainer.stopped or is_last or lost_patience:
             break
-        trainer.train_step(request)
+
+        numbers = trainer.train_step(request)
+        log.write(state.step, epoch=trainer.epoch(), **numbers)
         log.bar.update()
-        # Log the steps since the last line, and show an answer if --sample_every asks for one.
+        losses.append(numbers['loss'])
+        progress = f'step {state.step}/{config.max_iters}'
         if state.step % config.log_interval == 0 or state.step == config.max_iters:
-            log_line(trainer, log, before)
-            state.interval = (0.0, 0)
-            before = replace(state)
+            seconds_per_step = (time.monotonic() - started) / (state.step - first_step)
+            left = timedelta(seconds=round((config.max_iters - state.step) * seconds_per_step))
+            log.say(f'{progress} | loss {sum(losses) / len(losses):.4f} | '
+                    f'lr {numbers["learning_rate"]:.2e} | '
+                    f'{numbers["tokens_per_s"]:,.0f} supervised tokens/s | {left} left')
+            losses = []
         if config.sample_every and state.step % config.sample_every == 0 and not log.silent:
-            log.say(f'step {state.step}/{config.max_iters} | {config.sample_prompt} -> '
-                    f'{trainer.answer()!r}')
+            log.say(f'{progress} | {config.sample_prompt} -> {trainer.answer()!r}')
+    log.bar.close()
     resume = f'--init_from=resume --out_dir={shlex.quote(config.out_dir)}'
     if trainer.stopped:
         trainer.save('ckpt.pt')
@@ -221,20 +215,17 @@ def loop(trainer, log, request):
     if state.step < config.max_iters:
         log.say(f'no better val_loss in {config.patience} evaluations')
     log.draw()
+    log.say(f'the curve is in {log.out_dir}/loss.png, the numbers are in {log.path}')
     log.say(f'finished. Talk to it: python sample.py {resume} --chat')
 
 
 def clear_out_dir(config):
     """Remove the run that is in out_dir if --overwrite says so; UserError if it does not."""
     paths = [os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'best.pt')]
-    paths = [path for path in paths if os.path.exists(path)]
-    if paths and not config.overwrite:
-        raise UserError(f'{paths[0]} is there already. Go on with it: --init_from=resume; or '
-                        'replace it: --overwrite; or use another --out_dir.')
-    if paths and os.path.realpath(config.init_from) == os.path.realpath(config.out_dir):
-        raise UserError(f'{config.out_dir} cannot be replaced by a run that begins with it. Use '
-                        'another --out_dir.')
-    for path in paths:
+    for path in filter(os.path.exists, paths):
+        if not config.overwrite:
+            raise UserError(f'{path} is there already. Go on with it: --init_from=resume; or '
+                            'replace it: --overwrite; or use another --out_dir.')
         os.remove(path)
 
 
@@ -250,14 +241,11 @@ def train(config, procs):
     val_rows = Rows(val_split, config.block_size) if len(val_split) else None
 
     rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    # A run ends at a row, which may be in the middle of a step.
-    last_row = config.max_iters * rows_per_step
     if config.epochs or not config.max_iters:
-        epochs_end = math.ceil((config.epochs or 3) * train_rows.n_rows)
-        last_row = min(last_row or epochs_end, epochs_end)
-        config = replace(config, max_iters=math.ceil(last_row / rows_per_step))
+        n_steps = math.ceil((config.epochs or 3) * train_rows.n_rows / rows_per_step)
+        config = replace(config, max_iters=min(config.max_iters or n_steps, n_steps))
     was = opened.checkpoint.conditions
-    trainer = Trainer(config, procs, opened, train_rows, val_rows, last_row)
+    trainer = Trainer(config, procs, opened, train_rows, val_rows)
     silent = procs.rank > 0
     request = StopRequest(silent)
     if config.eval_only:
@@ -277,26 +265,25 @@ def train(config, procs):
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     log.say(f'{opened.description}: {n_parameters / 1e6:.1f} M parameters, in '
             f'{trainer.conditions()["dtype"]} on {procs.device}, processes: {procs.world}')
-    log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are '
-            f'{last_row / train_rows.n_rows:.2f} epochs')
+    n_epochs = config.max_iters * rows_per_step / train_rows.n_rows
+    log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are {n_epochs:.2f} epochs')
     for key, now in trainer.conditions().items():
         if was and repr(was.get(key)) != repr(now):
             log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
                     f'is {now}')
     loop(trainer, log, request)
-    log.finish()
 
 
 def main(argv):
     config = configurator.load(Config, argv, check=False)
-    saved = {}
     if config.init_from == 'resume':
         # The keys of that run are the defaults of this one.
-        path = checkpoint.find(config.out_dir)
+        path = checkpoint.find_run(config.out_dir)
         saved = checkpoint.load(path).config | {'init_from': 'resume'}
-    config = configurator.load(Config, argv, saved)
-    if saved:
+        config = configurator.load(Config, argv, saved)
         config = replace(config, out_dir=os.path.dirname(path))
+    else:
+        config = configurator.load(Config, argv)
     keep_freed_memory()
     with processes(config) as procs:
         writes = procs.rank == 0 and not config.eval_only

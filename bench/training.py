@@ -119,7 +119,7 @@ def make_trainer(config):
     opened = train.open_model(settings, [config.data])
     rows = Rows(tokenfile.Split([config.data], 'train'), config.block_size, settings.seed)
     procs = Processes(0, 1, config.device)
-    return Trainer(settings, procs, opened, rows, None, last_row=10 ** 9)
+    return Trainer(settings, procs, opened, rows)
 
 
 # ---- TRL and the Hugging Face Trainer ----

@@ -27,18 +27,15 @@ class Checkpoint:
     """Every key of a checkpoint: plain types and tensors, saved as one dict."""
     model: dict  # {name: tensor}, without any wrapper's prefix
     model_args: dict  # of GPTConfig
-    template: str
+    template: str  # '' if the model was never tuned
     tokenizer: dict  # Tokenizer.state()
     config: dict  # the run's
     step: int  # optimizer steps taken
     val_loss: float | None  # at this step, nats per supervised token
     data: list | None = None  # a fingerprint of each data set
     origin: dict | None = None  # what the run began with, and where its data came from
-    seconds: float = 0.0  # spent in steps
-    evaluated_at: int | None = None  # step of the last evaluation
     best: float | None = None  # lowest val_loss so far
-    n_worse: int = 0  # evaluations since then
-    interval: tuple = (0.0, 0)  # summed loss and tokens since the last line of the log
+    best_step: int = 0  # where that was
     # Only in ckpt.pt:
     optimizer: dict | None = None
     scaler: dict | None = None
@@ -53,13 +50,11 @@ def save(checkpoint, path):
 
 
 def load(path):
-    """The Checkpoint at path. UserError if there is none, or if it is not one of this code."""
-    with reading(path, 'Expected a checkpoint. Train one: python train.py '
-                       'config/finetune_oasst.py, or name its folder: --out_dir=FOLDER'):
+    """The Checkpoint at path. UserError if it is not one of this code."""
+    with reading(path, 'Expected a checkpoint of train.py.'):
         contents = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if 'iter_num' in contents:
-            raise UserError(f"{path} is nanoGPT's. Convert it: python formats/nanogpt.py "
-                            f'--input={path} --out=FOLDER, then use --init_from=FOLDER.')
+            raise UserError(f"{path} is nanoGPT's. {pretrained.CONVERT}{path}")
         version = contents['format_version']
         if version != FORMAT_VERSION:
             raise UserError(f'{path} has format {version}; this code reads {FORMAT_VERSION}. '
@@ -74,26 +69,29 @@ def load(path):
         return Checkpoint(**values)
 
 
-def find(out_dir, names=('ckpt.pt',)):
-    """The path of the checkpoint of the run saved last, in out_dir or in a folder in it.
+def find(folder, which='last'):
+    """The path of a checkpoint of the run saved last, in the folder or in one in it; or None.
 
-    names: file names, the preferred one first. Without any checkpoint: where it would be.
+    which: 'last' or 'best', of a run that has both.
     """
-    found = []
-    for name in names:
-        found += Path(out_dir).glob(name)
-        found += Path(out_dir).glob(f'*/{name}')
-    folder = max(found, key=os.path.getmtime).parent if found else out_dir
-    return in_folder(folder, names) or os.path.join(folder, names[0])
+    names = ['best.pt', 'ckpt.pt'] if which == 'best' else ['ckpt.pt', 'best.pt']
+    found = [*Path(folder).glob('*.pt'), *Path(folder).glob('*/*.pt')]
+    found = [path for path in found if path.name in names]
+    if not found:
+        return None
+    newest = max(found, key=os.path.getmtime).parent
+    found = [path for path in found if path.parent == newest]
+    return str(min(found, key=lambda path: names.index(path.name)))
 
 
-def in_folder(folder, names):
-    """The path of the first of these files that the folder has, or None."""
-    paths = [os.path.join(folder, name) for name in names]
-    return next(filter(os.path.exists, paths), None)
+def find_run(out_dir, which='last'):
+    """The same; UserError if there is none."""
+    path = find(out_dir, which)
+    if not path:
+        raise UserError(f'{out_dir} has no checkpoint. Train one: python train.py '
+                        'config/finetune_oasst.py, or name its folder: --out_dir=FOLDER')
+    return path
 
-
-# ---- resuming ----
 
 # With one of these changed it would be another run.
 FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on',
@@ -116,22 +114,6 @@ def check_resume(checkpoint, path, config, data):
                             f'Leave it as it was. Or: {NEW_RUN}')
 
 
-def restore(checkpoint, path, optimizer, scaler):
-    """Give the optimizer and the scaler their saved state. UserError if it does not fit."""
-    with reading(path, NEW_RUN):
-        # Settings such as the learning rate come from the configuration, not from the file.
-        groups = optimizer.state_dict()['param_groups']
-        optimizer.load_state_dict({'state': checkpoint.optimizer['state'], 'param_groups': groups})
-        for p, moments in optimizer.state.items():
-            if moments['exp_avg'].shape != p.shape:
-                raise ValueError("the optimizer's state does not fit the model")
-        # The saved state is empty if the run was not in float16.
-        if scaler.is_enabled() and checkpoint.scaler:
-            scaler.load_state_dict(checkpoint.scaler)
-
-
-# ---- opening models ----
-
 class Opened(NamedTuple):
     """A model ready to use."""
     model: GPT
@@ -149,32 +131,10 @@ def open_checkpoint(path):
         model = pretrained.empty_model(saved.model_args)
         model.load_state_dict(saved.model, assign=True)
         tokenizer = tokenizers.from_state(saved.tokenizer)
-        if saved.template not in TEMPLATES:
-            raise ValueError(f'it has the template {saved.template!r}')
     val_loss = '' if saved.val_loss is None else f', val_loss {saved.val_loss:.4f}'
     description = f'{path} (step {saved.step}{val_loss})'
-    return Opened(model, tokenizer, saved.template, description, saved, os.path.dirname(path))
-
-
-def open_pretrained(name, vocabulary):
-    """The Opened model of a folder in transformers' form, or of a hub name."""
-    model, config, folder = pretrained.open_folder(name)
-    # Its own vocabulary, if it has one; else that of the data, or GPT-2's.
-    n_rows = model.config.vocab_size
-    if any(os.path.exists(os.path.join(folder, file)) for file in pretrained.VOCABULARY):
-        tokenizer = tokenizers.load(folder, tags=False)
-    else:
-        tokenizer = (vocabulary or tokenizers.load('gpt2')).with_tags(False)
-    if n_rows < tokenizer.vocab_size:
-        raise UserError(f'{name} has {n_rows} tokens, its vocabulary {tokenizer.vocab_size}. '
-                        'Expected a folder with the vocabulary it was trained with.')
-    if n_rows > tokenizer.vocab_size:
-        # Rows that no token stands for: padding.
-        model.set_embedding(model.transformer.wte.weight[:tokenizer.vocab_size])
-    template = config.get('conversation_template')
-    if template and template not in TEMPLATES:
-        raise UserError(f'{name} has the template {template!r}; known are {[*TEMPLATES]}.')
-    return Opened(model, tokenizer, template, name, None, folder)
+    template = saved.template or None
+    return Opened(model, tokenizer, template, description, saved, os.path.dirname(path))
 
 
 def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
@@ -183,24 +143,25 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the data,
     which must be the model's. tags: add the six tags to a model that does not know them.
     """
-    names = ('ckpt.pt', 'best.pt') if which == 'last' else ('best.pt', 'ckpt.pt')
-    if init_from == 'resume':
-        path = find(out_dir, names)
-    else:
-        path = in_folder(init_from, names)
+    path = find_run(out_dir, which) if init_from == 'resume' else find(init_from, which)
     # A checkpoint of ours, or anything in transformers' form.
     if path:
         opened = open_checkpoint(path)
     else:
-        opened = open_pretrained(init_from, vocabulary)
+        model, tokenizer, config, folder = pretrained.open_folder(init_from, vocabulary)
+        template = config.get('conversation_template')
+        opened = Opened(model, tokenizer, template, init_from, None, folder)
+    description = opened.description
+    if opened.template and opened.template not in TEMPLATES:
+        raise UserError(f'{description} has the template {opened.template!r}; known are '
+                        f'{", ".join(TEMPLATES)}.')
     for name, p in opened.model.named_parameters():
         if not torch.stack(p.aminmax()).isfinite().all():
-            raise UserError(f'{opened.description}: {name} holds numbers that are not finite.')
+            raise UserError(f'{description}: {name} holds numbers that are not finite.')
     if vocabulary and vocabulary.sha256 != opened.tokenizer.sha256:
-        raise UserError(f'{opened.description} has one vocabulary, the data another. Prepare '
-                        "the data with the model's: --tokenizer=FOLDER")
+        raise UserError(f'{description} has one vocabulary, the data another. Prepare the data '
+                        "with the model's: --tokenizer=FOLDER")
     if (tags or vocabulary and vocabulary.tags) and not opened.tokenizer.tags:
-        tagged = opened.tokenizer.with_tags()
-        opened.model.add_tokens(tagged.tag_pieces())
-        opened = opened._replace(tokenizer=tagged)
+        opened.model.add_tokens([opened.tokenizer.encode(tag).tolist() for tag in tokenizers.TAGS])
+        opened = opened._replace(tokenizer=opened.tokenizer.with_tags())
     return opened

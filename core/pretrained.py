@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
+from core import tokenizer as tokenizers
 from core.files import reading
 from model import GPT, GPTConfig
 
-# The files that may hold the weights, or, as .index.json, name the shards that do.
-WEIGHTS = ('model.safetensors', 'model.safetensors.index.json',
-           'pytorch_model.bin', 'pytorch_model.bin.index.json')
-VOCABULARY = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json')
+WEIGHTS = ('model.safetensors', 'pytorch_model.bin')
+CONVERT = 'Convert it: python formats/convert.py --input='
 
 # transformers keeps these as (in, out), torch's Linear as (out, in).
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
@@ -31,51 +30,80 @@ REQUIRED = {'model_type': ['gpt2'], 'activation_function': list(GELUS),
             'layer_norm_epsilon': [1e-5], 'tie_word_embeddings': [True]}
 
 
+def open_folder(name, vocabulary=None):
+    """(GPT, Tokenizer, config.json as a dict, folder) of a local folder or a hub name.
+
+    vocabulary: the Tokenizer of a model whose folder names none, by default GPT-2's.
+    """
+    folder = name if os.path.isdir(name) else from_hub(name)
+    config = read_config(folder)
+    weights = read_weights(folder)
+    with reading(folder, "Expected the weights of transformers' GPT-2."):
+        model = from_transformers(config, weights)
+        pieces = read_pieces(folder)
+    if pieces:
+        vocabulary = tokenizers.load('gpt2', tags=tokenizers.TAGS[0] in pieces)
+        if pieces != vocabulary.pieces():
+            raise UserError(f"{name} has another vocabulary than GPT-2. {CONVERT}{name}")
+    else:
+        vocabulary = (vocabulary or tokenizers.load('gpt2')).with_tags(False)
+    n_rows = model.config.vocab_size
+    if n_rows < vocabulary.vocab_size:
+        raise UserError(f'{name} has {n_rows} tokens, its vocabulary {vocabulary.vocab_size}. '
+                        'Expected a folder with the vocabulary it was trained with.')
+    if n_rows > vocabulary.vocab_size:
+        # Rows that no token stands for: padding.
+        model.set_embedding(model.transformer.wte.weight[:vocabulary.vocab_size])
+    return model, vocabulary, config, folder
+
+
 def read_config(folder):
     """config.json as a dict. UserError if it is not of a GPT-2 that this code can compute."""
     path = Path(folder, 'config.json')
     with reading(path, "Expected a model folder in transformers' form."):
         config = json.loads(path.read_text('utf-8'))
-        width = 4 * config.get('n_embd', 768)
-        for key, allowed in {**REQUIRED, 'n_inner': [None, width]}.items():
-            if config.get(key, allowed[0]) not in allowed:
-                raise UserError(f'{path} has {key}={config[key]!r}; this code computes GPT-2s '
-                                f'with {allowed} only.')
+        check_config(config, path)
     return config
 
 
-def weight_files(folder):
-    """The paths of the files with the weights: one, or the shards that an index names."""
+def check_config(config, path):
+    """UserError unless this code can compute such a model."""
+    width = 4 * config.get('n_embd', 768)
+    for key, allowed in {**REQUIRED, 'n_inner': [None, width]}.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f'{path} has {key}={config[key]!r}; this code computes GPT-2s with '
+                            f'{allowed} only.')
+
+
+def read_pieces(folder):
+    """{piece of text: id} of the folder's vocabulary; {} if it names none."""
+    path = Path(folder, 'tokenizer.json')
+    if path.exists():
+        content = json.loads(path.read_text('utf-8'))
+        added = {token['content']: token['id'] for token in content['added_tokens']}
+        return content['model']['vocab'] | added
+    path = Path(folder, 'vocab.json')
+    return json.loads(path.read_text('utf-8')) if path.exists() else {}
+
+
+def find_weights(folder):
+    """The path of the file with the weights, or None."""
     paths = [Path(folder, name) for name in WEIGHTS]
-    path = next(filter(Path.exists, paths), paths[0])
-    if path.suffix != '.json':
-        return [path]
-    with reading(path, 'Expected an index of shards.'):
-        shards = json.loads(path.read_text('utf-8'))['weight_map'].values()
-        return [path.with_name(shard) for shard in sorted(set(shards))]
+    return next(filter(Path.exists, paths), None)
 
 
 def read_weights(folder):
     """{name: tensor} of the folder's weights."""
-    weights = {}
-    for path in weight_files(folder):
-        with reading(path, 'Expected weights that can be read without running code.'):
-            if path.suffix == '.safetensors':
-                # Comes with transformers; not always needed.
-                import safetensors.torch
-                weights |= safetensors.torch.load_file(path)
-            else:
-                weights |= torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    return weights
-
-
-def open_folder(name):
-    """(GPT, config.json as a dict, folder) of a local folder or a hub name."""
-    folder = name if os.path.isdir(name) else from_hub(name)
-    config = read_config(folder)
-    weights = read_weights(folder)
-    with reading(folder, "Expected the weights of transformers' GPT-2."):
-        return from_transformers(config, weights), config, folder
+    path = find_weights(folder)
+    if not path:
+        raise UserError(f'{folder} has no {" or ".join(WEIGHTS)}. Weights in parts, or of another '
+                        f'kind? {CONVERT}{folder}')
+    with reading(path, 'Expected weights that can be read without running code.'):
+        if path.suffix == '.safetensors':
+            # Comes with transformers; not always needed.
+            import safetensors.torch
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
 
 def empty_model(shape):
@@ -111,11 +139,11 @@ def from_hub(name):
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     # Comes with transformers; not always needed.
     from huggingface_hub import errors, snapshot_download
-    # First without the network: most often everything is there.
-    small = ['config.json', *VOCABULARY]
+    small = ['config.json', 'tokenizer.json', 'vocab.json']
     try:
+        # First without the network: most often everything is there.
         folder = snapshot_download(name, allow_patterns=small, local_files_only=True)
-        if all(map(os.path.exists, weight_files(folder))):
+        if find_weights(folder):
             return folder
     except errors.HFValidationError:
         raise UserError(f'{name} is neither a folder nor the name of a hub model.') from None
@@ -126,23 +154,20 @@ def from_hub(name):
         # Another architecture is refused before its weights are fetched.
         read_config(folder)
         # Old models have no safetensors.
-        snapshot_download(name, allow_patterns=[*small, 'model*.safetensors*'])
-        if not os.path.exists(weight_files(folder)[0]):
-            snapshot_download(name, allow_patterns=[*small, 'pytorch_model*.bin*'])
+        for file in WEIGHTS:
+            if not find_weights(folder):
+                snapshot_download(name, allow_patterns=[*small, file])
     except OSError as error:  # the network's errors
         raise UserError(f'{name} is not a folder here, and could not be downloaded from the hub '
                         f'({type(error).__name__}). Check the name and the network.') from None
-    for path in filter(Path.exists, weight_files(folder)):
-        check_download(path)
+    # The cache names a large file by the sha256 that the hub announced.
+    path = find_weights(folder)
+    blob = path and path.resolve()
+    if blob and len(blob.name) == 64:
+        with open(blob, 'rb') as file:
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        if digest != blob.name:
+            blob.unlink()
+            raise UserError(f'{path} has sha256 {digest}, not {blob.name} as the hub announced. '
+                            'It was deleted; try again.')
     return folder
-
-
-def check_download(path):
-    """Delete a file that is not what the hub announced. UserError then."""
-    # The cache names a large file by the sha256 that was announced.
-    blob = path.resolve()
-    digest = hashlib.file_digest(blob.open('rb'), 'sha256').hexdigest()
-    if len(blob.name) == 64 and blob.name != digest:
-        blob.unlink()
-        raise UserError(f'{path.name} has sha256 {digest}, not {blob.name} as the hub announced. '
-                        'It was deleted; try again.')

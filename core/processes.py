@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -25,7 +25,6 @@ class Processes:
     rank: int
     world: int
     device: str
-    works: list = field(default_factory=list)  # sums of gradients that are under way
 
     def sum(self, *numbers):
         """The sum of each number over all processes, a list of floats."""
@@ -36,21 +35,11 @@ class Processes:
         return tensor.tolist()
 
     def wrap(self, model):
-        """A module that maps a Batch to its loss, and sums the gradients of all processes."""
-        # DDP averages gradients; the hook below makes it a sum.
+        """A module that maps a Batch to its loss. Gradients become the mean of all processes'."""
         module = LossModule(model)
         if self.world > 1:
             module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-            module.register_comm_hook(self.works, sum_gradients)
         return module
-
-    def wait(self):
-        """Wait until the gradients are summed, timeout_s at most.
-
-        Without this, reading the loss from a GPU would wait for a lost process forever.
-        """
-        while self.works:
-            self.works.pop(0).wait()
 
 
 class LossModule(nn.Module):
@@ -64,16 +53,6 @@ class LossModule(nn.Module):
         return self.model.loss(batch)
 
 
-def sum_gradients(works, bucket):
-    """Communication hook: the sum, where DDP divides by the number of processes.
-
-    A step divides by its number of supervised tokens instead, see trainer.py.
-    """
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    works.append(work)
-    return work.get_future().then(lambda future: future.value()[0])
-
-
 @contextmanager
 def processes(config):
     """The Processes that torchrun's environment describes; one alone without torchrun."""
@@ -85,15 +64,11 @@ def processes(config):
     if config.gradient_accumulation_steps % world:
         raise UserError(f'gradient_accumulation_steps={config.gradient_accumulation_steps} cannot '
                         f'be shared equally by {world} processes. Use a multiple of {world}.')
-    if device == 'mps':
-        raise UserError('torchrun needs CUDA or --device=cpu: a Mac has one GPU. '
-                        'Run without torchrun.')
     backend = 'gloo'
     device_id = None
     if device.startswith('cuda'):
-        # One GPU each, whichever --device names. With the variable, wait() notices a lost process.
+        # One GPU each, whichever --device names.
         backend = 'nccl'
-        os.environ['TORCH_NCCL_BLOCKING_WAIT'] = '1'
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         device_id = torch.device(device)
     status = 2
@@ -107,7 +82,7 @@ def processes(config):
     except UserError as error:
         configurator.report(error)
     except RuntimeError as error:
-        # The only sign that another process ended or hangs.
+        # The only sign that another process ended or hangs. With nccl, torch's watchdog ends us.
         if not isinstance(error, dist.DistError) and 'gloo' not in str(error):
             raise
         print('another process ended or did not answer within timeout_s. Go on from the last '
@@ -124,15 +99,14 @@ class StopRequest:
     def __init__(self, silent):
         self.asked = False
         self.silent = silent
-        self.before = {}
-        for name in (signal.SIGINT, signal.SIGTERM):
-            self.before[name] = signal.signal(name, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
 
     def ask(self, number, frame):
         """The signal handler."""
         self.asked = True
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not self.silent:
             # Not print, which may be what was interrupted.
             os.write(2, b'\nstopping after this step; once more to stop at once, without saving\n')

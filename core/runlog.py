@@ -2,20 +2,18 @@
 
     python -c "from core import runlog; runlog.plot('out/oasst')"
 
-log.csv has a row every log_interval steps and at each evaluation. A run that was stopped and
-resumed has the same rows, bit for bit, but for tokens_per_s and seconds.
+log.csv has a row for each step and for each evaluation. A run that was stopped and resumed has
+the same rows, bit for bit, but for tokens_per_s.
 """
 import csv
-import json
 import os
 import sys
 from dataclasses import asdict
 
 from configurator import UserError
-from core.files import Bar, flush, reading, write_whole
+from core.files import Bar, reading, write_whole
 
-COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s',
-           'seconds')
+COLUMNS = ('step', 'epoch', 'loss', 'learning_rate', 'grad_norm', 'val_loss', 'tokens_per_s')
 
 
 class RunLog:
@@ -25,7 +23,7 @@ class RunLog:
         self.silent = silent
         self.out_dir = config.out_dir
         self.path = os.path.join(config.out_dir, 'log.csv')
-        self.trackers = []
+        self.trackers = []  # functions of (numbers, step)
         self.bar = Bar(total=config.max_iters, initial=state.step, desc='training', unit=' steps',
                        disable=silent or None)
         if silent:
@@ -33,17 +31,24 @@ class RunLog:
         # A run that goes on keeps the rows up to its checkpoint; a new one has none.
         rows = []
         for row in read(config.out_dir) if state.step else []:
-            last = (state.evaluated_at or 0) if row['val_loss'] else state.step
+            repeated = row['val_loss'] and state.val_loss is None
+            last = state.step - 1 if repeated else state.step
             if int(row['step']) <= last:
                 rows.append(row)
         with write_whole(self.path) as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction='ignore')
             writer.writeheader()
             writer.writerows(rows)
-        with write_whole(os.path.join(config.out_dir, 'config.json')) as file:
-            json.dump(asdict(config), file, indent=1)
         if config.tensorboard:
-            self.trackers.append(tensorboard(config, state.step))
+            from torch.utils.tensorboard import SummaryWriter
+            # What was written after the checkpoint is dropped.
+            folder = os.path.join(config.out_dir, 'tensorboard')
+            writer = SummaryWriter(folder, purge_step=state.step + 1)
+
+            def track(numbers, step):
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+            self.trackers.append(track)
         if config.wandb_log:
             import wandb
             run = wandb.init(dir=config.out_dir, config=asdict(config), resume='auto',
@@ -57,19 +62,16 @@ class RunLog:
             Bar.write(text)
             sys.stdout.flush()
 
-    def write(self, **row):
+    def write(self, step, **numbers):
         """Append a row to log.csv; columns that are absent stay empty."""
         if self.silent:
             return
         try:
             with open(self.path, 'a', newline='', encoding='utf-8') as file:
-                csv.DictWriter(file, COLUMNS).writerow(row)
-                flush(file)
+                csv.DictWriter(file, COLUMNS).writerow({'step': step, **numbers})
         except OSError as error:
             raise UserError(f'cannot write {self.path}: {error.strerror}. Make room, then go on '
                             'from the last checkpoint: --init_from=resume') from None
-        step = row.pop('step')
-        numbers = {name: float(value) for name, value in row.items()}
         for track in self.trackers:
             track(numbers, step=step)
 
@@ -82,24 +84,6 @@ class RunLog:
         except Exception as error:  # matplotlib's, too
             self.say(f'{self.out_dir}/loss.png could not be drawn: {error}')
 
-    def finish(self):
-        """Say where the curve is."""
-        self.bar.close()
-        self.say(f'the curve is in {self.out_dir}/loss.png, the numbers are in {self.path}')
-
-
-def tensorboard(config, step):
-    """A function (numbers, step) that sends numbers to TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-    folder = os.path.join(config.out_dir, 'tensorboard')
-    # What was written after the checkpoint is dropped.
-    writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-
-    def track(numbers, step):
-        for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-    return track
-
 
 def read(out_dir):
     """The rows of log.csv, dicts of text, without one that was cut short; [] if there is none."""
@@ -107,7 +91,7 @@ def read(out_dir):
     if not os.path.exists(path):
         return []
     with reading(path), open(path, newline='', encoding='utf-8') as file:
-        return [row for row in csv.DictReader(file) if row['seconds']]
+        return [row for row in csv.DictReader(file) if row['tokens_per_s'] is not None]
 
 
 def plot(out_dir):
@@ -123,9 +107,7 @@ def plot(out_dir):
             label = f'{name} (last {points[-1][1]:.3f})'
             axes.plot(*zip(*points), marker=marker, markersize=4, label=label)
             axes.legend()
-    title = os.path.basename(os.path.abspath(out_dir))
     axes.set(xlabel='step', ylabel='nats per supervised token')
-    axes.set_title(title, parse_math=False)  # a dollar sign is not mathematics
     axes.grid(alpha=0.3)
     with write_whole(os.path.join(out_dir, 'loss.png'), 'wb') as file:
         figure.savefig(file, dpi=120)

@@ -97,21 +97,10 @@ def read_meta(folder):
         return meta
 
 
-def fingerprint(folder):
-    """Hash of the token files. A run can be resumed only on equal ones."""
-    splits = json.dumps(read_meta(folder)['splits'], sort_keys=True)
+def fingerprint(meta):
+    """Hash of the token files, by their meta.json. A run can be resumed only on equal ones."""
+    splits = json.dumps(meta['splits'], sort_keys=True)
     return hashlib.sha256(splits.encode()).hexdigest()
-
-
-def sources(folders):
-    """What a checkpoint keeps of where its data came from: one dict for each folder."""
-    found = []
-    for folder in folders:
-        meta = read_meta(folder)
-        n_tokens = sum(counts['tokens'] for counts in meta['splits'].values())
-        name = os.path.basename(os.path.normpath(folder))
-        found.append({'dataset': name, 'source': meta.get('source'), 'tokens': n_tokens})
-    return found
 
 
 class Split:
@@ -151,24 +140,21 @@ class Split:
 
 def open_split(folder, split, vocab_size):
     """(ids, mask, starts): memory maps of one split, checked against meta.json."""
-    meta = read_meta(folder)
-    if split not in meta['splits']:
-        raise UserError(f'{folder} has no split {split!r}, only {", ".join(meta["splits"])}. '
-                        'Prepare it again with a part set aside for it.')
+    counts = read_meta(folder)['splits'].get(split)
+    if not counts:
+        raise UserError(f'{folder} has no split {split!r}. Prepare it again with a part set aside '
+                        'for it.')
     arrays = []
     for ending, dtype in DTYPES.items():
         path = os.path.join(folder, split + ending)
         with reading(path, 'Prepare the folder again.'):
-            values = np.zeros(0, dtype)
-            if os.path.getsize(path):
-                values = np.memmap(path, dtype, mode='r')
-            arrays.append(values)
+            # An empty file cannot be mapped.
+            size = os.path.getsize(path)
+            arrays.append(np.memmap(path, dtype, mode='r') if size else np.zeros(0, dtype))
     ids, mask, starts = arrays
-    counts = meta['splits'][split]
-    expected = [counts[key] for key in COUNTS]
-    found = [len(starts) - 1, len(ids), int(np.count_nonzero(mask))]
-    whole = found == expected and len(mask) == len(ids)
-    if not whole or starts[0] != 0 or starts[-1] != len(ids) or (np.diff(starts) <= 0).any():
+    expected = [counts[key] for key in COUNTS] + [len(ids), len(ids)]
+    found = [len(starts) - 1, len(ids), np.count_nonzero(mask), len(mask), starts[-1]]
+    if found != expected or starts[0] != 0 or (np.diff(starts) <= 0).any():
         raise UserError(f'the files of split {split!r} in {folder} disagree with meta.json. '
                         'Prepare the folder again.')
     if (ids >= vocab_size).any():

@@ -7,8 +7,8 @@ token. Source: Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/
 """
 import hashlib
 import json
+import os
 from functools import cached_property
-from pathlib import Path
 
 import tiktoken
 from tiktoken.load import read_file_cached
@@ -88,13 +88,14 @@ class Tokenizer:
         """The text of the ids; U+FFFD where they end inside a character."""
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
+    def pieces(self):
+        """{piece: id} of all tokens, as GPT-2's files write them."""
+        text = [to_unicode(token) for token in self.tokens]
+        return dict(zip(text, self.text_ids)) | self.special
+
     def with_tags(self, tags=True):
         """The same vocabulary with the six tags, or without."""
         return Tokenizer(self.name, self.tokens, tags, self.added)
-
-    def tag_pieces(self):
-        """{tag id: the ids of the tag's text as ordinary text}."""
-        return {self.special[tag]: self.encode(tag).tolist() for tag in TAGS}
 
     @property
     def sha256(self):
@@ -122,9 +123,12 @@ def from_state(state):
 
 
 def load(name, tags=True):
-    """The Tokenizer `name`: 'gpt2', or a folder or tokenizer.json in transformers' form."""
+    """The Tokenizer `name`: 'gpt2', or a folder that formats/convert.py wrote."""
     if name != 'gpt2':
-        return read_folder(Path(name), tags)
+        path = os.path.join(name, 'vocabulary.json')
+        with reading(path, 'Make it from a model: python formats/convert.py --input=MODEL'):
+            with open(path, encoding='utf-8') as file:
+                return from_state({**json.load(file), 'tags': tags})
     with reading("GPT-2's vocabulary", 'Connect to the network once, or set TIKTOKEN_CACHE_DIR '
                                        'to a folder that has it.'):
         merges = read_file_cached(GPT2_MERGES, GPT2_MERGES_SHA256).decode().split('\n')[1:-1]
@@ -132,42 +136,3 @@ def load(name, tags=True):
     tokens = [bytes([b]) for b in CHAR_OF]
     tokens += [to_bytes(merge.replace(' ', '')) for merge in merges]
     return Tokenizer('gpt2', tokens, tags)
-
-
-def read_folder(path, tags):
-    """The Tokenizer of a folder in transformers' form, or of a tokenizer.json."""
-    with reading(path, 'Expected the vocabulary of a GPT-2: byte-level BPE.'):
-        if path.is_dir() and not (path / 'tokenizer.json').exists():
-            vocab = read_json(path / 'vocab.json')
-            lines = (path / 'merges.txt').read_text('utf-8').split('\n')
-            merges = [line for line in lines if line and line[:8] != '#version']
-            extra = path / 'added_tokens.json'
-            added = read_json(extra) if extra.exists() else {}
-        else:
-            content = read_json(path / 'tokenizer.json' if path.is_dir() else path)
-            vocab = content['model']['vocab']
-            merges = content['model']['merges']
-            added = {token['content']: token['id'] for token in content['added_tokens']}
-        if END_OF_TEXT in vocab:
-            added.setdefault(END_OF_TEXT, vocab[END_OF_TEXT])
-        # What is left besides special tokens is text, in the order of the ids.
-        text = sorted(vocab.keys() - added.keys(), key=vocab.get)
-        tokens = [to_bytes(token) for token in text]
-        tags = tags or TAGS[0] in added
-        added = {piece: i for piece, i in added.items() if piece not in TAGS}
-        added.setdefault(END_OF_TEXT, len(text) + len(added))
-        tokenizer = Tokenizer(path.name, tokens, tags, added)
-        # A merge is 'a b', or ['a', 'b'].
-        merged = [''.join(merge).replace(' ', '') for merge in merges]
-        expected = sorted(CHAR_OF.values()) + list(dict.fromkeys(merged))
-        in_order = sorted(text[:256]) + text[256:] == expected
-        if not in_order or tokenizer.text_ids != [vocab[token] for token in text]:
-            raise ValueError('the ids are not in the order of merging, without gaps')
-        if tokenizer.with_tags().vocab_size > 2 ** 16:
-            raise ValueError('more tokens than 16 bits can count')
-    return tokenizer
-
-
-def read_json(path):
-    """The content of a JSON file."""
-    return json.loads(path.read_text('utf-8'))

@@ -14,11 +14,10 @@ from configurator import UserError
 from core import checkpoint, conversation
 from core.conversation import Turn
 from core.device import autocast, pick_dtype
-from core.files import Bar
+from core.files import Bar, reading
 from core.generate import Sampling, generate
 
-# A run ends after so many skipped steps in a row. float16 begins with a few, until its scale fits.
-MOST_SKIPPED = {True: 50, False: 5}
+MOST_SKIPPED = 10  # steps in a row; the run ends then
 WHAT_TO_DO = ('Nothing was saved; the last checkpoint is as it was. Try a lower --learning_rate, '
               '--grad_clip=1 or --dtype=float32.')
 
@@ -38,16 +37,14 @@ def learning_rate(config, step):
 class Trainer:
     """One run. Its `state`, a Checkpoint, holds all that changes from step to step."""
 
-    def __init__(self, config, procs, opened, train_rows, val_rows, last_row):
+    def __init__(self, config, procs, opened, train_rows, val_rows=None):
         self.config = config
         self.procs = procs
         self.opened = opened
         self.state = opened.checkpoint
         self.train_rows = train_rows
         self.val_rows = val_rows  # None if the validation set is empty
-        self.last_row = last_row  # where the run ends
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.grad_norm = 0.0
         self.n_skipped = 0  # steps in a row that were not applied
         self.stopped = False  # by a signal to any of the processes
         self.dtype = pick_dtype(config.dtype, procs.device)
@@ -63,11 +60,15 @@ class Trainer:
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{'params': matrices, 'weight_decay': config.weight_decay},
                   {'params': others, 'weight_decay': 0.0}]
-        lr = learning_rate(config, max(0, self.state.step - 1))  # train_step sets the next
-        self.optimizer = torch.optim.AdamW(groups, lr, (config.beta1, config.beta2), fused=True)
+        betas = (config.beta1, config.beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
         if self.state.optimizer:
-            checkpoint.restore(self.state, opened.description, self.optimizer, self.scaler)
+            with reading(opened.description, checkpoint.NEW_RUN):
+                self.optimizer.load_state_dict(self.state.optimizer)
+                # Empty if the run was not in float16.
+                if self.state.scaler:
+                    self.scaler.load_state_dict(self.state.scaler)
 
     def epoch(self):
         """Passes over the data so far."""
@@ -89,86 +90,82 @@ class Trainer:
             'torch': str(torch.__version__)}
 
     def train_step(self, request):
-        """One optimizer step.
+        """One optimizer step; returns its numbers for the log.
 
         Its loss is the sum over the supervised tokens of all micro-batches and processes, divided
         by their number.
         """
         config = self.config
         procs = self.procs
-        state = self.state
+        step = self.state.step
         started = time.perf_counter()
-        start = state.step * self.rows_per_step
-        stop = min(start + self.rows_per_step, self.last_row)
+        start = step * self.rows_per_step
+        stop = start + self.rows_per_step
         # What the loss of the step is divided by, known before any of it is computed.
         n_tokens = self.train_rows.n_supervised(start, stop)  # of all processes
         # Dropout depends on the step and the process, so a resumed run draws the same.
-        torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + procs.rank)
+        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + procs.rank)
         losses = []
         rows_at_once = procs.world * config.batch_size
         for first in range(start, stop, rows_at_once):
             # Each process takes its own batch_size rows of these.
             begin = first + procs.rank * config.batch_size
-            weight = 1
-            if begin >= stop:
-                # No rows are left, but the others wait for our gradients: any row, times 0.
-                begin = start
-                weight = 0
-            batch = self.train_rows.batch(begin, min(begin + config.batch_size, stop))
-            # DistributedDataParallel sums gradients over the processes if this is set: at the
-            # last micro-batch only.
-            self.loss.require_backward_grad_sync = first + rows_at_once >= stop
+            batch = self.train_rows.batch(begin, begin + config.batch_size)
+            # DistributedDataParallel exchanges gradients if this is set: after the last
+            # micro-batch only.
+            self.loss.require_backward_grad_sync = first + rows_at_once == stop
             with autocast(procs.device, self.dtype):
-                loss = self.loss(batch) * weight
-            self.scaler.scale(loss / n_tokens).backward()
+                loss = self.loss(batch)
+            # It divides by the number of processes, so we multiply by it.
+            self.scaler.scale(loss * procs.world / n_tokens).backward()
             losses.append(loss.detach())
-        procs.wait()
         # float16 multiplies the loss by a scale; the norm is of the true gradients.
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        self.grad_norm = norm.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
+        losses = torch.stack(losses).tolist()
         # All processes must stop after the same step, whichever of them got the signal, and skip
         # the same steps, whichever of them found a loss that is not finite.
-        losses = torch.stack(losses).tolist()  # the only other read from the device
-        loss_sum, norms, n_asked = procs.sum(sum(losses), self.grad_norm, request.asked)
+        loss_sum, norms, n_asked = procs.sum(sum(losses), norm, request.asked)
         self.stopped = n_asked > 0
+        lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(config, state.step)
+            group['lr'] = lr
         if math.isfinite(loss_sum) and math.isfinite(norms):
             self.scaler.step(self.optimizer)
             self.n_skipped = 0
-            state.interval = (state.interval[0] + loss_sum, state.interval[1] + n_tokens)
         else:
-            self.skip(loss_sum)
+            self.skip(loss_sum, norm)
         self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
-        state.step += 1
-        state.seconds += time.perf_counter() - started
+        self.state.step += 1
+        self.state.val_loss = None  # not known of this step
+        tokens_per_s = round(n_tokens / (time.perf_counter() - started), 1)
+        return {'loss': loss_sum / n_tokens, 'learning_rate': lr, 'grad_norm': norm,
+                'tokens_per_s': tokens_per_s}
 
-    def skip(self, loss_sum):
-        """Note a step that was not applied; UserError after too many in a row."""
+    def skip(self, loss_sum, norm):
+        """Note a step that is not applied; UserError after too many in a row."""
         self.n_skipped += 1
-        most = MOST_SKIPPED[self.scaler.is_enabled()]
+        # float16 begins with a few, until the scale of its loss fits.
         if self.procs.rank == 0 and not self.scaler.is_enabled():
             Bar.write(f'step {self.state.step + 1} is skipped: loss {loss_sum}, norm of the '
-                      f'gradient {self.grad_norm}', file=sys.stderr)
-        if self.n_skipped == most:
-            raise UserError(f'{most} steps in a row had a loss or a gradient that is not finite. '
-                            f'{WHAT_TO_DO}')
+                      f'gradient {norm}', file=sys.stderr)
+        if self.n_skipped == MOST_SKIPPED:
+            raise UserError(f'{MOST_SKIPPED} steps in a row had a loss or a gradient that is not '
+                            f'finite. {WHAT_TO_DO}')
 
     @torch.no_grad()
     def evaluate(self, request):
         """val_loss in nats per supervised token; None without validation set, or after a signal."""
-        config = self.config
         procs = self.procs
         if not self.val_rows:
             return None
         self.model.eval()
         loss_sum = 0.0
         n_tokens = 0
-        for batch in self.val_rows.batches(config.batch_size, procs.rank, procs.world,
-                                           config.eval_iters, 'evaluating'):
+        for batch in self.val_rows.batches(self.config.batch_size, procs.rank, procs.world,
+                                           self.config.eval_iters, 'evaluating'):
             with autocast(procs.device, self.dtype):
                 loss_sum += self.model.loss(batch).item()
             n_tokens += len(batch.targets)
@@ -197,13 +194,13 @@ class Trainer:
         self.model.train()
         return conversation.answer_text(answer, tokenizer, template)
 
-    def save(self, name, val_loss=None):
+    def save(self, name):
         """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
         if self.procs.rank > 0:
             return
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise UserError(f'the weights are no longer finite. {WHAT_TO_DO}')
-        saved = replace(self.state, model=self.model.state_dict(), val_loss=val_loss,
+        saved = replace(self.state, model=self.model.state_dict(),
                         optimizer=None, scaler=None, conditions=None)
         if name == 'ckpt.pt':
             saved.optimizer = self.optimizer.state_dict()

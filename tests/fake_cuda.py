@@ -111,10 +111,10 @@ def train_step(model, record, dtype):
     """An optimizer step of two micro-batches, and an evaluation."""
     config = train.Config(batch_size=1, gradient_accumulation_steps=2, block_size=32,
                           dtype=dtype, max_iters=9, dropout=0.1)
-    state = SimpleNamespace(step=0, seconds=0.0, interval=(0.0, 0), optimizer=None)
+    state = SimpleNamespace(step=0, optimizer=None)
     opened = SimpleNamespace(model=model, checkpoint=state, description='')
     rows = Rows(Split(), 32, seed=1)
-    trainer = Trainer(config, Processes(0, 1, 'cuda'), opened, rows, rows, last_row=99)
+    trainer = Trainer(config, Processes(0, 1, 'cuda'), opened, rows, rows)
     trainer.model.train()
     request = SimpleNamespace(asked=False)
     record.facts()

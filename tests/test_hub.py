@@ -3,7 +3,6 @@ import hashlib
 import http.server
 import json
 import os
-import shutil
 import threading
 import time
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from configurator import UserError
+from conftest import one_line
 from core import checkpoint
 
 hub = pytest.importorskip('huggingface_hub')
@@ -110,14 +110,10 @@ def test_sample_asks_for_files_of_the_model_and_nothing_else(server, tmp_path, g
     assert all('distilgpt2' in path for path in server.asked), server.asked
 
 
-def test_shards_and_a_vocabulary_of_its_own_are_downloaded(server, vocabulary, small):
-    folder = server.folder / 'me' / 'mine'
-    model = save_model(folder, small.with_tags(False).vocab_size, max_shard_size='10KB')
-    assert len(list(folder.glob('*.safetensors'))) > 1
-    shutil.copy(vocabulary, folder / 'tokenizer.json')
-    opened = checkpoint.open_model('me/mine')
-    assert opened.tokenizer.sha256 == small.sha256
-    assert torch.equal(opened.model.transformer.wpe.weight, model.transformer.wpe.weight)
+def test_weights_in_parts_are_named_with_the_command_that_converts_them(server):
+    save_model(server.folder / 'me' / 'mine', max_shard_size='10KB')
+    with one_line('has no model.safetensors .* python formats/convert.py --input='):
+        checkpoint.open_model('me/mine')
 
 
 def test_another_architecture_is_refused_before_its_weights_are_asked_for(server):

@@ -74,7 +74,7 @@ def test_no_conversation_learns_from_another(dtype):
     batch = make_batch(Conversations([20, 20, 20, 9]), range(4))
     assert batch.runs == [(1, 8), (3, 19)]
     seen = []
-    model.transformer.drop.register_forward_hook(lambda *call: seen.append(call[2]))
+    model.transformer.wte.register_forward_hook(lambda *call: seen.append(call[2]))
     at = np.array([8 + 38 + 10])  # in the last of the three with 19 positions
     with autocast('cpu', dtype):
         loss = model.loss(batch._replace(at=at, targets=np.array([3])))
@@ -125,7 +125,7 @@ def test_dropout_is_for_training_only():
     model = tiny()
     batch = make_batch(Conversations([30]), [0])
     plain = model.loss(batch)
-    model.set_dropout(0.2)
+    model.config.dropout = 0.2
     assert torch.equal(model.loss(batch), plain)
     assert not torch.equal(model.train().loss(batch), plain)
 
@@ -185,7 +185,7 @@ def test_new_tokens_start_as_the_mean_of_their_pieces_and_old_logits_stay():
     model = tiny(vocab_size=120)
     idx = torch.randint(120, (1, 10))
     old = model(idx)
-    model.add_tokens({120: [3, 5, 5], 121: [7]})
+    model.add_tokens([[3, 5, 5], [7]])
     new = model(idx)
     assert new.shape[-1] == 122 and torch.equal(new[..., :120], old)
     assert torch.allclose(new[..., 120], (old[..., 3] + 2 * old[..., 5]) / 3, atol=1e-5)

@@ -40,18 +40,18 @@ def test_a_step_with_a_planted_nan_is_skipped_and_named(
     saved = run(data, tmp_path, **SMALL, log_interval=1)
     assert 'step 3 is skipped: loss ' in capfd.readouterr().err
     assert all(p.isfinite().all() for p in saved.model.values()) and saved.step == 12
-    losses = [row['step'] for row in log_of(tmp_path) if row['loss']]
-    assert losses == [str(step) for step in range(1, 13) if step != 3]
+    spoiled = [row['step'] for row in log_of(tmp_path) if 'nan' in (row['loss'], row['grad_norm'])]
+    assert spoiled == (['3'] if what == 'loss' else [])
     moments = next(iter(saved.optimizer['state'].values()))
     assert moments['step'] == 11
 
 
-def test_after_five_in_a_row_the_run_stops_and_the_checkpoint_stays(data, tmp_path, spoil):
+def test_after_ten_in_a_row_the_run_stops_and_the_checkpoint_stays(data, tmp_path, spoil):
     spoil('loss', range(9, 100))  # from step 5 on
-    with one_line('5 steps in a row.*learning_rate'):
-        run(data, tmp_path, **SMALL)
+    with one_line('10 steps in a row.*learning_rate'):
+        run(data, tmp_path, **SMALL | {'max_iters': 20})
     saved = checkpoint.load(tmp_path / 'ckpt.pt')
-    assert saved.step in (3, 6)
+    assert saved.step == 12  # its weights are those of step 4
     assert all(p.isfinite().all() for p in saved.model.values())
 
 

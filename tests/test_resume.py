@@ -70,15 +70,13 @@ def test_a_signal_in_the_middle(data, whole, tmp_path, monkeypatch, capfd, split
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(data, tmp_path, monkeypatch, number):
-    """It does what it did before the run; here, it raises."""
     def signalling(*_):
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == signal.SIG_DFL  # the next one ends the process
+        raise Killed
     monkeypatch.setattr(rows, 'make_batch', signalling)
-    before = signal.signal(number, killed)
     with pytest.raises(Killed):
         run(data, tmp_path, **SMALL)
-    signal.signal(number, before)
     assert not list(tmp_path.glob('*.pt'))
 
 
@@ -97,9 +95,9 @@ def test_the_line_that_resumes_can_be_run(data, tmp_path, stop_after, monkeypatc
 
 # ---- killed ----
 
-@pytest.mark.parametrize('nth', [3, 4, 5, 9, 10])
+@pytest.mark.parametrize('nth', [2, 3, 4, 8, 9])
 def test_killed_around_any_renaming_nothing_is_lost(data, whole, tmp_path, monkeypatch, nth):
-    """log.csv and config.json come first, then best.pt and ckpt.pt at each of four evaluations."""
+    """log.csv comes first, then best.pt and ckpt.pt at each of four evaluations."""
     replace = os.replace
     numbers = itertools.count(1)
 
@@ -133,8 +131,6 @@ def test_overwriting_removes_the_run_before_at_once(data, whole, copy, monkeypat
     """Else, killed before its first checkpoint, a run's log would stand beside old weights."""
     with one_line('ckpt.pt is there already'):
         run(data, copy, **SMALL)
-    with one_line('cannot be replaced by a run that begins with it'):
-        run(data, copy, init_from=copy, overwrite=True, **SMALL)
     assert_same_run(whole, copy)
     monkeypatch.setattr(Trainer, 'train_step', killed)
     with pytest.raises(Killed):
@@ -168,9 +164,9 @@ def test_a_log_or_folder_that_cannot_be_written_to_is_a_line(data, tmp_path, mon
     with one_line('cannot write to .*file/out: .*--out_dir=FOLDER'):
         run(data, tmp_path / 'file' / 'out', **SMALL)
 
-    def full(file):
+    def full(*_):
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(runlog, 'flush', full)
+    monkeypatch.setattr(runlog.csv.DictWriter, 'writerow', full)
     with one_line('cannot write .*log.csv: No space left on device'):
         run(data, tmp_path, **SMALL)
 
@@ -216,11 +212,9 @@ def test_another_number_of_epochs_may_follow_in_the_run_that_was_saved_last(data
 
 def test_a_state_that_does_not_fit_is_refused_in_one_line(whole, copy):
     saved = checkpoint.load(whole / 'ckpt.pt')
-    state = saved.optimizer['state']
-    of_another = state | {0: state[0] | {'exp_avg': torch.zeros(3)}}
     for said, changes in (
             ('format 0', {'format_version': 0}), ('no optimizer state', {'optimizer': None}),
-            ('optimizer', {'optimizer': 7}), ('optimizer', {'optimizer': {'state': of_another}})):
+            ('optimizer', {'optimizer': 7}), ('param_groups', {'optimizer': {'state': {}}})):
         checkpoint.save(dataclasses.replace(saved, **changes), copy / 'ckpt.pt')
         with one_line(said):
             resume(copy, max_iters=13)

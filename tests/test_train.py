@@ -1,5 +1,4 @@
 """train.py: exact steps, when a run ends, what it writes, and the mistakes a person makes."""
-import json
 import math
 import os
 
@@ -22,12 +21,11 @@ def test_the_loss_falls_from_ln_V_and_the_folder_holds_what_it_should(data, tmp_
     last = float(found[-1]['val_loss'])
     assert abs(first - math.log(307)) < 0.15 and last < 0.7 * first, (first, last)
     assert [int(row['step']) for row in found if row['val_loss']] == [0, 20, 40]
-    files = ['.lock', 'best.pt', 'ckpt.pt', 'config.json', 'log.csv', 'loss.png']
+    files = ['.lock', 'best.pt', 'ckpt.pt', 'log.csv', 'loss.png']
     assert sorted(os.listdir(tmp_path)) == files
     assert (tmp_path / 'loss.png').read_bytes().startswith(b'\x89PNG')
     assert saved.step == 40 and saved.template == 'xml'
     assert all(name.startswith('transformer.') for name in saved.model)
-    assert json.loads((tmp_path / 'config.json').read_text())['max_iters'] == 40
     assert saved.optimizer and not checkpoint.load(tmp_path / 'best.pt').optimizer
 
 
@@ -59,9 +57,9 @@ def test_an_epoch_sees_every_conversation_once(data, tmp_path, monkeypatch):
             seen.extend(conversations)
         return make_batch(split, conversations)
     monkeypatch.setattr(rows, 'make_batch', spy)
-    # 27 rows in steps of 6
+    # 27 rows in steps of 6: the last step begins the next epoch.
     assert run(data, tmp_path / '1', epochs=1.0, batch_size=3, max_iters=1000).step == 5
-    assert sorted(seen) == list(range(61))
+    assert sorted(seen[:61]) == list(range(61))
 
 
 def test_the_norm_of_the_gradient_is_logged_clipped_or_not(data, tmp_path):
@@ -132,7 +130,7 @@ def test_a_pretrained_folder_gets_the_tags_and_trains(data, tmp_path, vocab_size
 @pytest.mark.parametrize('changes, said', [
     ({'dataset': 'nothing'}, 'nothing/meta.json not found'),
     ({'init_from': 'gpt 5'}, 'neither a folder nor the name of a hub model'),
-    ({'init_from': 'resume'}, 'ckpt.pt not found'),
+    ({'init_from': 'resume'}, 'out has no checkpoint'),
     ({'dataset': 'colours,alien'}, 'were prepared with different vocabularies'),
     ({'dataset': 'unvalidated', 'eval_only': True}, 'unvalidated has no validation data'),
     ({'block_size': 4}, 'nothing to learn in train: of 61 conversations, 61 are longer'),

@@ -180,7 +180,7 @@ def main(argv):
         found = {}
         for path in glob.glob(os.path.join(out_dir, '*.pt')):
             found[os.path.basename(path)] = checkpoint.open_checkpoint(path).checkpoint
-        if 'ckpt.pt' in found and found['ckpt.pt'].evaluated_at == config.steps:
+        if 'ckpt.pt' in found and found['ckpt.pt'].step == config.steps:
             conftest.assert_same_run(undisturbed, out_dir)
             n_ends += 1
             shutil.rmtree(out_dir)
