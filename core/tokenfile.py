@@ -10,13 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 
 import numpy as np
 
 from configurator import REPOSITORY, UserError
 from core.conversation import TEMPLATES
-from core.files import flush, flush_folder, only_writer, reading
+from core.files import only_writer, reading, write_whole
 
 FORMAT_VERSION = 1
 DTYPES = {'.bin': np.uint16, '.mask.bin': np.uint8, '.idx.bin': np.int64}
@@ -49,27 +48,12 @@ def write(folder, splits, meta):
     meta = {'format_version': FORMAT_VERSION, **meta, 'splits': counts}
     # It comes last: a folder without it is not read.
     files['meta.json'] = json.dumps(meta, indent=1).encode()
-    partial = os.path.join(folder, '.partial')
     with only_writer(folder):
-        # A killed process may have left one.
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            os.mkdir(partial)
-            # Readers see the old files until all of the new ones are on the disk.
-            for name, data in files.items():
-                with open(os.path.join(partial, name), 'wb') as file:
-                    file.write(data)
-                    flush(file)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, 'meta.json'))
-            for name in files:
-                os.replace(os.path.join(partial, name), os.path.join(folder, name))
-            flush_folder(folder)
-        except OSError as error:
-            raise UserError(f'cannot write to {folder}: {error.strerror}. Make room, or use '
-                            '--out_dir=FOLDER.') from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, 'meta.json'))
+        for name, data in files.items():
+            with write_whole(os.path.join(folder, name), 'wb') as file:
+                file.write(data)
     return meta
 
 

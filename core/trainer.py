@@ -78,15 +78,16 @@ class Trainer:
         """What decides the bits of the steps to come, besides what a resume may not change."""
         config = self.config
         keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
-        found = {key: getattr(config, key) for key in keys}
-        kind = self.procs.device.split(':')[0]
+        device = self.procs.device
         hardware = torch.backends.cpu.get_cpu_capability()
-        if kind == 'cuda':
+        if device.startswith('cuda'):
             hardware = torch.cuda.get_device_name()
-        return found | {
+        return {key: getattr(config, key) for key in keys} | {
             'lr_decay_iters': config.decay_lr and (config.lr_decay_iters or config.max_iters),
-            'dtype': str(self.dtype).removeprefix('torch.'), 'device': f'{kind} {hardware}',
-            'processes': self.procs.world, 'threads': torch.get_num_threads(),
+            'device': f'{device.split(":")[0]} {hardware}',
+            'dtype': str(self.dtype).removeprefix('torch.'),
+            'processes': self.procs.world,
+            'threads': torch.get_num_threads(),
             'torch': str(torch.__version__)}
 
     def train_step(self, request):
@@ -135,7 +136,14 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.n_skipped = 0
         else:
-            self.skip(loss_sum, norm)
+            self.n_skipped += 1
+            # float16 begins with a few, until the scale of its loss fits.
+            if procs.rank == 0 and not self.scaler.is_enabled():
+                Bar.write(f'step {step + 1} is skipped: loss {loss_sum}, norm of the gradient '
+                          f'{norm}', file=sys.stderr)
+        if self.n_skipped == MOST_SKIPPED:
+            raise UserError(f'{MOST_SKIPPED} steps in a row had a loss or a gradient that is not '
+                            f'finite. {WHAT_TO_DO}')
         self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -143,17 +151,6 @@ class Trainer:
         tokens_per_s = round(n_tokens / (time.perf_counter() - started), 1)
         return {'loss': loss_sum / n_tokens, 'learning_rate': lr, 'grad_norm': norm,
                 'tokens_per_s': tokens_per_s}
-
-    def skip(self, loss_sum, norm):
-        """Note a step that is not applied; UserError after too many in a row."""
-        self.n_skipped += 1
-        # float16 begins with a few, until the scale of its loss fits.
-        if self.procs.rank == 0 and not self.scaler.is_enabled():
-            Bar.write(f'step {self.state.step + 1} is skipped: loss {loss_sum}, norm of the '
-                      f'gradient {norm}', file=sys.stderr)
-        if self.n_skipped == MOST_SKIPPED:
-            raise UserError(f'{MOST_SKIPPED} steps in a row had a loss or a gradient that is not '
-                            f'finite. {WHAT_TO_DO}')
 
     @torch.no_grad()
     def evaluate(self, request):

@@ -66,34 +66,23 @@ def test_the_files_are_the_published_format(tmp_path):
     assert meta['format_version'] == 1
 
 
-@pytest.mark.parametrize('n_moved', range(7))
+@pytest.mark.parametrize('n_written', range(7))
 @pytest.mark.parametrize('error, raised', [
     (KeyboardInterrupt, KeyboardInterrupt), (OSError(28, 'No space left on device'), UserError)])
-def test_stopped_while_files_are_moved_none_is_taken_for_whole(
-        tmp_path, monkeypatch, n_moved, error, raised):
+def test_stopped_while_files_are_written_none_is_taken_for_whole(
+        tmp_path, monkeypatch, n_written, error, raised):
     write(tmp_path)
-    moved = []
+    written = []
 
     def replace(source, target):
-        if len(moved) == n_moved:
+        if len(written) == n_written:
             raise error
-        moved.append(os.rename(source, target))
+        written.append(os.rename(source, target))
     monkeypatch.setattr(os, 'replace', replace)
     with pytest.raises(raised):
         write(tmp_path)
     refused(tmp_path, 'meta.json not found. Prepare the data first')
-
-
-def test_a_full_disk_is_a_line_and_leaves_what_was_there(tmp_path, monkeypatch):
-    written = write(tmp_path)
-
-    def full(file):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(tokenfile, 'flush', full)
-    with pytest.raises(UserError, match='cannot write to .*: No space left on device. Make room'):
-        write(tmp_path, (3, 3))
-    check([tmp_path], written[:-1])
-    assert '.partial' not in os.listdir(tmp_path)
+    assert not list(tmp_path.glob('*.tmp'))
 
 
 @pytest.mark.parametrize('ending', tokenfile.DTYPES)
