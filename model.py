@@ -4,7 +4,7 @@
 
 The body works on a stream of N tokens and asks `attend` what each of them may look at. `attend`
 is a DocumentAttention in training (each conversation by itself) and a KVCache in decoding.
-Source: Radford et al. 2019. Weights have the names of https://github.com/openai/gpt-2.
+Source: Radford et al. 2019, https://github.com/openai/gpt-2
 """
 import math
 from dataclasses import dataclass
@@ -135,8 +135,8 @@ class GPT(nn.Module):
     def loss(self, batch):
         """Summed cross-entropy in nats over the supervised tokens of a rows.Batch.
 
-        The sum, because the caller divides once per optimizer step, by the supervised tokens of
-        all micro-batches and processes. Only supervised positions have logits.
+        The caller divides once a step, by the supervised tokens of all micro-batches and
+        processes. Only supervised positions have logits.
         """
         counts, lengths = zip(*batch.runs)
         starts = np.cumsum([0, *np.repeat(lengths, counts)])
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         return CrossEntropy.apply(logits, targets, self.config.vocab_size)
 
     def compile(self):
-        """torch.compile the two halves of a layer. All layers share one compiled pair."""
+        """torch.compile the halves of a layer. All layers share one compiled pair."""
         for block in self.transformer.h:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)

@@ -16,9 +16,9 @@ from core.files import Bar
 def pack(lengths, capacity, order):
     """Best-fit packing: rows, lists of conversations whose lengths add up to <= capacity.
 
-    The longest come first, each into the fullest row that still has room for it. Of equal ones, the
-    first in `order` goes first. Near-linear: rows are kept in one stack for each amount of room
-    left, and the bits of one integer say which stacks are not empty.
+    The longest come first, each into the fullest row that has room for it; of equal ones, the
+    first in `order`. Rows are kept in a stack for each amount of room left. The bits of one integer
+    say which stacks are not empty, so that finding one takes no search.
     """
     lengths = np.asarray(lengths)
     order = np.asarray(order)
@@ -47,24 +47,18 @@ def pack(lengths, capacity, order):
 
 
 class Batch(NamedTuple):
-    """Some rows as one stream of N tokens, conversations of equal length side by side.
-
-    idx, positions (N,) int64: each conversation without its last token; positions restart in each.
-    runs: [(how many, length), …] of the conversations, in order.
-    at (S,) int64: where in the stream supervised tokens are predicted; targets (S,) int64: those.
-    """
-    idx: np.ndarray
-    positions: np.ndarray
-    runs: list
-    at: np.ndarray
-    targets: np.ndarray
+    """Some rows as one stream of N tokens, conversations of equal length side by side."""
+    idx: np.ndarray  # (N,) int64: each conversation without its last token, which is only predicted
+    positions: np.ndarray  # (N,) int64, restarting in each conversation
+    runs: list  # [(how many, length), …] of the conversations, in order
+    at: np.ndarray  # (S,) int64: where in the stream supervised tokens are predicted
+    targets: np.ndarray  # (S,) int64: those tokens
 
 
 def make_batch(split, conversations):
     """The Batch of these conversations of the split."""
     # Equal lengths side by side make one dense attention call each.
     conversations = sorted(conversations, key=lambda i: split.lengths[i])
-    # The last token is only predicted.
     lengths = split.lengths[conversations] - 1
     pairs = [split[i] for i in conversations]
     idx = np.concatenate([ids[:-1] for ids, _ in pairs]).astype(np.int64)
@@ -73,17 +67,15 @@ def make_batch(split, conversations):
     mask = np.concatenate([mask[1:] for _, mask in pairs])
     at = np.flatnonzero(mask)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    # The lengths are sorted, so equal ones are neighbours.
     different, counts = np.unique(lengths, return_counts=True)
     runs = list(zip(counts.tolist(), different.tolist()))
     return Batch(idx, positions, runs, at, targets[at])
 
 
 class Rows:
-    """The rows of a split. Their order in each epoch is a function of (seed, epoch) alone.
+    """The rows of a split, each of whole conversations, up to block_size positions.
 
-    A row holds whole conversations, up to block_size positions. Left out: conversations longer than
-    that, counted in n_too_long, and those with nothing supervised.
+    Longer conversations are left out, and those with nothing supervised.
     """
 
     def __init__(self, split, block_size, seed=None):
@@ -101,8 +93,7 @@ class Rows:
                 'no supervised token.')
         # A step may need the end of one epoch and the beginning of the next.
         self.epoch = lru_cache(maxsize=2)(self.make_epoch)
-        # The number of rows is the same in each epoch.
-        self.n_rows = len(self.epoch(0))
+        self.n_rows = len(self.epoch(0))  # the same in each epoch
 
     def make_epoch(self, epoch):
         """The rows of one epoch, lists of conversations. Not shuffled if seed is None."""
@@ -138,9 +129,9 @@ class Rows:
         return int(self.split.n_supervised[self.conversations(start, stop)].sum())
 
     def batches(self, batch_size, first=0, every=1, limit=0, what=''):
-        """Yield the Batches of one epoch: number `first`, then each `every`th.
+        """Yield the Batches of one epoch: number `first`, then each `every`th, of `limit` in all.
 
-        limit: the number of batches in all; 0 for the whole epoch. what: names a progress bar.
+        limit=0 is the whole epoch. what: names a progress bar.
         """
         n = -(-self.n_rows // batch_size)
         numbers = range(first, min(n, limit or n), every)
