@@ -1,36 +1,32 @@
 """What every prepare.py shares: it turns the records of a Source into Examples for `export`."""
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import lru_cache
-from multiprocessing import parent_process
 from typing import NamedTuple
-
-import numpy as np
 
 from configurator import REPOSITORY, UserError
 from core import conversation, tokenfile, tokenizer
-from core.files import Bar, reading
+from core.files import Bar, reading, write_whole
 
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
 # The recipe for whatever is not a published file.
 OWN_DATA = 'config/finetune_own.py'
 
 
-def split_json(file):
-    """The objects of a JSON array, or the lines of a file of JSON lines."""
-    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
-        return json.loads(file.read())
-    return filter(bytes.strip, file)
+class Example(NamedTuple):
+    """A conversation, or a piece of plain text."""
+    split: str
+    turns: list
+    drop: str = ''  # why it is left out
+    key: str = ''  # examples are written in the order of their keys
+    encoded: tuple = ()  # a piece of text has these ids and this mask instead of turns
 
 
 class Source:
@@ -40,8 +36,6 @@ class Source:
     """
 
     def __init__(self, config, published, folder):
-        self.counts = Counter()  # rows of the table, filled in by the caller
-        self.broken = []  # what is wrong with records that cannot be read
         self.path = config.input or download(published[config.source]['url'], folder)
         with reading(self.path), open(self.path, 'rb') as file:
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -64,25 +58,16 @@ class Source:
                 file = gzip.GzipFile(fileobj=file)
             yield file
 
-    def records(self, read, split=split_json, expected='Expected JSON lines or one JSON array.'):
-        """Yield read(record) for each record that split(file) finds."""
-        number = 0
+    def records(self, read, expected, split=None):
+        """Yield read(record) for each record that split(file) finds, or split_json."""
+        split = split or split_json
         with self.open(expected) as file:
             for number, record in enumerate(split(file), 1):
-                try:
+                with reading(f'record {number} of {self.path}', expected):
                     if isinstance(record, bytes):
                         record = json.loads(record)
                     found = read(record)
-                except Exception as error:  # a malformed record can make a reader raise anything
-                    problem = f'record {number}: {type(error).__name__} {error}'
-                    self.broken.append(problem[:200])
-                else:
-                    yield found
-        if len(self.broken) > number / 100:
-            raise UserError(f'{len(self.broken)} of {number} records of {self.path} are broken, '
-                            f'more than 1 %. The first: {self.broken[0]}. {expected}')
-        for problem in self.broken[:10]:
-            print(f'broken {problem}', file=sys.stderr)
+                yield found
 
 
 def download(url, folder):
@@ -90,23 +75,24 @@ def download(url, folder):
     path = os.path.join(folder, os.path.basename(url))
     if os.path.exists(path):
         return path
-    # Takes 0.1 s, and most runs download nothing.
-    import requests
+    import requests  # here, because most runs download nothing
+    print(f'downloading {url}', file=sys.stderr)
     try:
-        # What a run before left is continued.
-        with open(f'{path}.part', 'ab') as file:
-            headers = {'Range': f'bytes={file.tell()}-', 'Accept-Encoding': 'identity'}
-            response = requests.get(url, headers=headers, stream=True, timeout=30)
-            response.raise_for_status()
-            if response.status_code != 206:
-                file.truncate(0)  # the server begins again
-            for block in Bar(response.iter_content(1 << 20), path, unit=' MB'):
-                file.write(block)
-        os.replace(f'{path}.part', path)
-    except OSError as error:  # all errors of requests are among these
-        raise UserError(f'could not download {url}: {error}. Run this again to go on, or put the '
-                        f'file at {path} yourself.') from None
+        response = requests.get(url, timeout=30)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(f'could not download {url}: {error}. Run this again, or put the file '
+                        f'at {path} yourself.') from None
+    with write_whole(path, 'wb') as file:
+        file.write(response.content)
     return path
+
+
+def split_json(file):
+    """The objects of a JSON array, or the lines of a file of JSON lines."""
+    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
+        return json.loads(file.read())
+    return filter(bytes.strip, file)
 
 
 def split_by_hash(key, seed, **shares):
@@ -120,123 +106,66 @@ def split_by_hash(key, seed, **shares):
     return 'train'
 
 
-class Example(NamedTuple):
-    """A conversation. `encode` fills in what follows `drop`."""
-    key: object  # examples are written in the order of their keys
-    split: str
-    turns: list
-    language: str = ''
-    drop: str = ''  # why it is left out
-    ids: bytes = b''  # uint16
-    mask: bytes = b''
-    n_lost: int = 0  # tokens of answers that do not fit
+def print_text(examples):
+    """Print the conversations as text, none of them cut."""
+    for example in examples:
+        if not example.drop:
+            print(conversation.to_text(example.turns))
 
 
-def start(name, template, max_tokens, cut):
-    """Set, once in each process, what `encode` needs. name: of the vocabulary."""
-    global encoder
-    vocabulary = tokenizer.load(name, conversation.TEMPLATES[template].tags)
+def export(examples, source, config, folder, recipe, **meta):
+    """Write the token files, print the counts and the next command. meta: more for meta.json."""
+    tags = conversation.TEMPLATES[config.template].tags
+    vocabulary = tokenizer.load(config.tokenizer, tags)
     # The threads of a tree share most of their turns.
     vocabulary.encode = lru_cache(64)(vocabulary.encode)
-    encoder = (vocabulary, template, max_tokens, cut)
-    if parent_process():
-        # This is a worker. The main process sees to Ctrl-C.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=end_with_parent, daemon=True).start()
+    splits = {'train': [], 'val': []}
+    dropped = Counter()
+    truncated = 0
+    lost = 0  # tokens of answers that do not fit
+    examples = sorted(examples, key=lambda example: example.key)
+    for example in Bar(examples, 'encoding', unit=' conversations'):
+        if example.drop:
+            dropped[example.drop] += 1
+            continue
+        written = (example.turns, vocabulary, config.template)
+        try:
+            ids, mask, _ = example.encoded or conversation.encode(*written)
+        except ValueError:
+            # Half a surrogate pair, or a heading of the template inside a message.
+            dropped['cannot be encoded'] += 1
+            continue
+        if len(ids) > config.max_tokens:
+            lost += int(mask.sum())
+            cut = config.too_long == 'cut'
+            ids, mask, _ = conversation.encode(*written, config.max_tokens, cut)
+            if ids is None:
+                dropped['too long'] += 1
+                continue
+            lost -= int(mask.sum())
+            truncated += 1
+        splits.setdefault(example.split, []).append((ids, mask))
+    kept = sum(map(len, splits.values()))
+    if not splits['train']:
+        raise UserError(f'{source.path}: no conversation can be used for training. '
+                        f'Put aside: {kept}. Dropped: {dict(dropped)}')
 
-
-def end_with_parent():
-    """End this worker when the main process was killed. It would wait for work forever."""
-    parent_process().join()
-    os._exit(1)
-
-
-def encode(example):
-    """Return the example with its ids, or with the reason why it is dropped."""
-    if example.drop or example.ids:
-        return example
-    try:
-        ids, mask, n_not_whole = conversation.encode(example.turns, *encoder)
-    except UnicodeEncodeError:
-        return example._replace(drop='half a surrogate pair')
-    except ValueError as error:
-        heading = 'heading' in str(error)
-        return example._replace(drop='template heading' if heading else 'cannot be encoded')
-    if n_not_whole:
-        _, whole, _ = conversation.encode(example.turns, *encoder[:2])
-        kept = [] if mask is None else mask
-        example = example._replace(n_lost=int(np.sum(whole) - np.sum(kept)))
-    if ids is None:
-        return example._replace(drop='too long')
-    if parent_process():
-        # Sending them takes time, and nobody needs them.
-        example = example._replace(turns=[])
-    return example._replace(ids=ids.tobytes(), mask=mask.tobytes())
-
-
-def encode_all(examples, config, n_bytes=0):
-    """Yield the examples encoded, in order; on all cores if the source has many bytes."""
-    settings = (config.tokenizer, config.template, config.max_tokens, config.too_long == 'cut')
-    start(*settings)
-    # Starting the workers would take longer.
-    if n_bytes < 1 << 20:
-        yield from map(encode, examples)
-        return
-    with ProcessPoolExecutor(initializer=start, initargs=settings) as pool:
-        # Takes all the examples at once, so that this process reads while the others encode.
-        results = pool.map(encode, examples, chunksize=500)
-        yield from Bar(results, 'encoding', unit=' conversations')
-
-
-def print_text(examples, config):
-    """Print the conversations as text. One that is too long is shown whole."""
-    for example in encode_all(examples, config):
-        if example.turns and not example.drop:
-            print(conversation.to_text(example.turns))
-        elif example.ids:  # a piece of plain text
-            print(encoder[0].decode(np.frombuffer(example.ids, np.uint16)))
-
-
-def export(examples, source, config, folder, splits, recipe, **meta):
-    """Write the token files, print a table and the next command. meta: more for meta.json."""
-    # Encode everything, and see what can be used.
-    encoded = list(encode_all(examples, config, source.about['bytes']))
-    kept = [example for example in encoded if not example.drop]
-    dropped = Counter(example.drop for example in encoded if example.drop)
-    if all(example.split != 'train' for example in kept):
-        raise UserError(f'{source.path}: no conversation can be used for training. Dropped: '
-                        f'{dict(dropped)}. Put aside: {len(kept)}. Found: {dict(source.counts)}')
-    kept.sort(key=lambda example: example.key)
-    files = {split: [] for split in splits}
-    for example in kept:
-        ids = np.frombuffer(example.ids, np.uint16)
-        mask = np.frombuffer(example.mask, np.uint8)
-        files[example.split].append((ids, mask))
     # Leave out this machine's paths: meta.json may be published.
-    options = dataclasses.asdict(config) | {'input': '', 'out_dir': ''}
+    options = asdict(config) | {'input': '', 'out_dir': ''}
     meta |= {'source': source.about, 'template': config.template,
-             'tokenizer': encoder[0].state(), 'seed': config.seed, 'options': options,
-             'seen': len(encoded), 'kept': len(kept), 'dropped': dropped,
-             'truncated': sum(example.n_lost > 0 for example in kept),
-             'answer_tokens_lost': sum(example.n_lost for example in encoded),
-             'languages': Counter(example.language for example in kept if example.language),
-             'counts': source.counts, 'broken_lines': len(source.broken)}
-    meta = tokenfile.write(folder, files, meta)
+             'tokenizer': vocabulary.state(), 'seed': config.seed, 'options': options,
+             'seen': len(examples), 'kept': kept, 'dropped': dropped,
+             'truncated': truncated, 'answer_tokens_lost': lost}
+    meta = tokenfile.write(folder, splits, meta)
+
     # The same counts for a person, and what to do next.
-    rows = {**source.counts, 'broken records': len(source.broken),
-            'conversations seen': len(encoded), '  kept': len(kept),
-            '  of these, truncated': meta['truncated']}
+    print(f'{len(examples):,} conversations, {kept:,} of them kept')
     for reason, n in dropped.items():
-        rows[f'  dropped: {reason}'] = n
-    n_lost = meta['answer_tokens_lost']
-    n_tokens = n_lost + sum(n['supervised_tokens'] for n in meta['splits'].values())
-    rows[f'answer tokens lost, {n_lost / n_tokens:.1%}'] = n_lost
-    for name, n in rows.items():
-        print(f'{name:<28}{n:>12,}')
+        print(f'dropped: {n:,} {reason}')
+    print(f'cut: {truncated:,}. Lost, with those too long: {lost:,} tokens of answers')
     for name, n in meta['splits'].items():
-        share = n['supervised_tokens'] / max(1, n['tokens'])
-        print(f"{name:<10}{n['conversations']:>9,} conversations{n['tokens']:>12,} tokens, "
-              f"{share:.1%} supervised")
+        print(f"{name}: {n['conversations']:,} conversations, {n['tokens']:,} tokens, "
+              f"{n['supervised_tokens']:,} supervised")
     if config.report:
         script = os.path.join(REPOSITORY, 'data', 'report.py')
         subprocess.run([sys.executable, script, f'--folder={folder}'])
@@ -245,10 +174,3 @@ def export(examples, source, config, folder, splits, recipe, **meta):
     if data_dir != 'data':
         command += f' --data_dir={data_dir or "."}'
     print(f'wrote {folder}. Next: {command}')
-
-
-def count_unused(record, used, counts):
-    """Count the columns of a record that hold something and that nobody reads, by name."""
-    for name, value in record.items():
-        if name not in used and value not in ('', None, [], {}):
-            counts[f'  not used: {name[:40]!r}'] += 1

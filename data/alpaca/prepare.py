@@ -54,7 +54,7 @@ SOURCES = {
 RECIPES = {'alpaca': 'config/finetune_alpaca.py', 'alpaca-cleaned': 'config/finetune_alpaca.py',
            'instruction-data': 'config/finetune_instruction_data.py',
            'open-instruct': 'config/finetune_open_instruct.py'}
-FIELDS = ('instruction', 'input', 'context', 'output', 'response', 'history', 'system')
+EXPECTED = 'Expected JSON lines or one array, of rows with instruction, input and output.'
 # Inputs that say there is none, such as "No input", "<noinput>." and "N/A": 676 of Stanford's.
 MEANS_NONE = re.compile(
     r'[\W_]*(no[\s_-]*inputs?( (is )?(required|needed|necessary|provided|given|available))?'
@@ -68,10 +68,9 @@ class Config:
     out_dir: str = ''           # where the token files go; '' is data/SOURCE, or data/mine
     report: bool = False        # also write report.html there, a page about the data
     template: Literal[tuple(TEMPLATES)] = 'alpaca'  # how rows are written
-    tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
+    tokenizer: str = 'gpt2'     # gpt2, or the folder of a checkpoint with another vocabulary
     max_tokens: Count = 1024    # of a row
     too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
-    dedup: bool = False         # drop a row if its prompt and answer were seen before
     val_fraction: Fraction = 0.05  # share of the prompts for validation
     test_fraction: Fraction = 0.0  # share of the prompts for a test split
     seed: Seed = 1337           # decides which prompts those are
@@ -80,18 +79,6 @@ class Config:
     train_rows: Natural = 0     # rows to train on; then come val_rows, and the rest is test
     val_rows: Natural = 1000    # only with train_rows
     shuffle_seed: Annotated[int, Range(-1)] = -1  # first shuffle as datasets does; -1 does not
-
-    def percentages(self):
-        """The three numbers of split."""
-        return [int(part) for part in re.findall(r'\d+', self.split)]
-
-    def problems(self):
-        if self.split and (len(self.percentages()) != 3 or sum(self.percentages()) != 100):
-            yield f'split={self.split!r}: expected percentages for train/test/val, as in 85/10/5.'
-        if self.split and self.train_rows:
-            yield 'split and train_rows are two ways to split. Use one of them.'
-        if self.shuffle_seed >= 0 and not self.split and not self.train_rows:
-            yield 'shuffle_seed needs a split by position: --split=85/10/5 or --train_rows=N.'
 
 
 def text_of(value):
@@ -103,15 +90,13 @@ def text_of(value):
     return value
 
 
-def read_row(record, counts):
+def read_row(record):
     """Return (turns, why they are left out) of an object."""
-    instruction = text_of(record.get('instruction'))
+    # Some data sets say context and response.
     context = text_of(record.get('input', record.get('context')))
-    output = text_of(record.get('output', record.get('response')))
-    if MEANS_NONE.fullmatch(context):
-        counts['inputs that mean none'] += 1
-        context = ''
-    if not context.strip():
+    output = text_of(record['output'] if 'output' in record else record['response'])
+    instruction = text_of(record['instruction'])
+    if not context.strip() or MEANS_NONE.fullmatch(context):
         context = ''
     turns = []
     for question, answer in record.get('history') or []:
@@ -122,7 +107,6 @@ def read_row(record, counts):
     system = text_of(record.get('system'))
     if system.strip():
         turns[0] = turns[0]._replace(text=f'{system}\n\n{turns[0].text}')
-    common.count_unused(record, FIELDS, counts)
     drop = ''
     if not output.strip():
         drop = 'empty output'
@@ -133,25 +117,27 @@ def read_row(record, counts):
 
 def prompt_of(turns):
     """The first message, without case and without differences in white space."""
-    first = turns[0]
-    text = ' '.join(first.text.split())
-    context = ' '.join(first.context.split())
+    text = ' '.join(turns[0].text.split())
+    context = ' '.join(turns[0].context.split())
     return f'{text}\n{context}'.casefold()
 
 
 def split_by_position(n, config):
     """Return the splits of n rows."""
     if config.split:
-        train, test, _ = config.percentages()
-        n_train = int(n * (train / 100))
-        n_test = int(n * (test / 100))
+        shares = [int(share) for share in re.findall(r'\d+', config.split)]
+        if len(shares) != 3 or sum(shares) != 100:
+            raise UserError(f'split={config.split!r}: expected percentages for train/test/val, '
+                            'as in 85/10/5.')
+        n_train = int(n * (shares[0] / 100))
+        n_test = int(n * (shares[1] / 100))
         sizes = {'train': n_train, 'test': n_test, 'val': n - n_train - n_test}
     else:
         n_test = n - config.train_rows - config.val_rows
-        sizes = {'train': config.train_rows, 'val': config.val_rows, 'test': n_test}
         if n_test < 0:
             raise UserError(f'train_rows={config.train_rows} and val_rows={config.val_rows} are '
                             f'more than the {n:,} rows. Use fewer.')
+        sizes = {'train': config.train_rows, 'val': config.val_rows, 'test': n_test}
     splits = np.repeat(list(sizes), list(sizes.values()))
     if config.shuffle_seed >= 0:
         order = np.random.default_rng(config.shuffle_seed).permutation(n)
@@ -163,39 +149,22 @@ def split_by_position(n, config):
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
-    shares = {'val': config.val_fraction, 'test': config.test_fraction}
-    examples = []
-    prompts = []
-    seen = set()
-    for turns, drop in source.records(lambda record: read_row(record, source.counts)):
-        prompt = prompt_of(turns)
-        if config.dedup and (prompt, *turns[1:]) in seen:
-            drop = drop or 'repeated'
-        seen.add((prompt, *turns[1:]))
-        split = common.split_by_hash(prompt, config.seed, **shares)
-        examples.append(common.Example(len(examples), split, turns, drop=drop))
-        prompts.append(prompt)
-    names = ['train', 'val']
-    rule = 'hash of the normalised prompt'
-    if config.test_fraction:
-        names.append('test')
+    rows = list(source.records(read_row, EXPECTED))
     if config.split or config.train_rows:
-        names = ['train', 'val', 'test']
         rule = 'by position'
-        splits = split_by_position(len(examples), config)
-        examples = [example._replace(split=split) for example, split in zip(examples, splits)]
-        # Unlike a hash, positions may put one prompt in two splits.
-        used = [(prompt, x.split) for prompt, x in zip(prompts, examples) if not x.drop]
-        trained_on = {prompt for prompt, split in used if split == 'train'}
-        for prompt, split in used:
-            if split != 'train' and prompt in trained_on:
-                source.counts[f'prompts of {split} that are also in train'] += 1
+        splits = split_by_position(len(rows), config)
+    else:
+        rule = 'hash of the normalised prompt'
+        shares = {'val': config.val_fraction, 'test': config.test_fraction}
+        splits = [common.split_by_hash(prompt_of(turns), config.seed, **shares)
+                  for turns, _ in rows]
+    examples = [common.Example(split, *row) for split, row in zip(splits, rows)]
     name = source.about['name']
     if name not in SOURCES:
         name = 'mine'
     folder = config.out_dir or os.path.join(os.path.dirname(HERE), name)
     recipe = RECIPES.get(name, common.OWN_DATA)
-    common.export(examples, source, config, folder, names, recipe, split_rule=rule)
+    common.export(examples, source, config, folder, recipe, split_rule=rule)
 
 
 if __name__ == '__main__':

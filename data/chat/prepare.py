@@ -21,13 +21,12 @@ What does not fit the templates is changed by these rules:
 A hash of the first message, or of the piece of text, decides the split.
 """
 import csv
-import dataclasses
 import io
 import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,7 +43,6 @@ from data import common
 FORMS = (('messages',), ('conversations',), ('prompt', 'completion'), ('question', 'answer'),
          ('input', 'output'))
 SHAREGPT_ROLES = {'human': 'user', 'gpt': 'assistant'}
-SYSTEM = ('system', 'developer')
 EXPECTED = ('Expected JSON or CSV with messages, conversations, prompt and completion, question '
             'and answer, or input and output; what --stdout printed; or text in a .txt file.')
 
@@ -57,7 +55,7 @@ class Config:
     stdout: bool = False        # print the conversations as text and write no files
     separator: str = '\n\n'     # what stands between documents of plain text; \n is a line break
     template: Literal[tuple(conversation.TEMPLATES)] = 'xml'  # how conversations are written
-    tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
+    tokenizer: str = 'gpt2'     # gpt2, or the folder of a checkpoint with another vocabulary
     max_tokens: Count = 1024    # a longer conversation loses turns from its end
     too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
     val_fraction: Fraction = 0.05  # share of the conversations for validation
@@ -102,7 +100,7 @@ def split_xml(file):
 
 # ---- from a record to turns ----
 
-def read_row(record, counts):
+def read_row(record):
     """The messages of a row, each a dict."""
     if 'instruction' in record:
         raise ValueError('it has an instruction. For such rows use data/alpaca/prepare.py')
@@ -110,8 +108,7 @@ def read_row(record, counts):
         raise ValueError('it has more fields than there are columns')
     forms = [names for names in FORMS if all(name in record for name in names)]
     if not forms:
-        raise ValueError(f'found the columns {", ".join(record)[:60]!r}. {EXPECTED}')
-    common.count_unused(record, forms[0], counts)
+        raise ValueError(f'found the columns {", ".join(record)[:60]!r}')
     messages = []
     for name, role in zip(forms[0], ('user', 'assistant')):
         value = record[name]
@@ -134,48 +131,42 @@ def read_message(message):
             return role, '', 'parts not text'
         text = ''.join(part['text'] for part in text)
     drop = ''
-    if role not in ('user', 'assistant', *SYSTEM):
+    if role not in ('user', 'assistant', 'system', 'developer'):
         drop = f'the role {role!r}'
     elif message.get('tool_calls'):
         drop = 'tool calls'
-    elif not text.strip() and role not in SYSTEM:
+    elif not text.strip() and role in ('user', 'assistant'):
         drop = 'empty message'
     return role, text, drop
 
 
-def read_turns(record, counts):
+def read_turns(record):
     """(turns, why they are left out) of a row, by the rules that --help states."""
-    kept = []
-    for message in read_row(record, counts):
+    messages = []
+    for message in read_row(record):
         role, text, drop = read_message(message)
         if drop:
             return [], drop
         if text.strip():
-            kept.append({'role': role, 'content': text})
-    if not any(message['role'] == 'user' for message in kept):
+            messages.append({'role': role, 'content': text})
+    if not any(message['role'] == 'user' for message in messages):
         return [], 'no question'
-    turns = readback.from_messages(kept)
+    turns = readback.from_messages(messages)
     if turns[0].role == 'assistant':
-        counts['greetings dropped'] += 1
         turns.pop(0)
     if turns[-1].role == 'user':
-        counts['last questions dropped'] += 1
         turns.pop()
-    if not turns:
-        return [], 'no answer'
-    return turns, ''
+    return turns, '' if turns else 'no answer'
 
 
 # ---- the examples ----
 
 def read_conversations(source, config, split_file):
     """Yield the Examples of a file of conversations."""
-    rows = source.records(lambda row: read_turns(row, source.counts), split_file, EXPECTED)
-    for number, (turns, drop) in enumerate(rows):
-        split = 'train'
-        if turns:
-            split = common.split_by_hash(turns[0].text, config.seed, val=config.val_fraction)
-        yield common.Example(number, split, turns, drop=drop)
+    for turns, drop in source.records(read_turns, EXPECTED, split_file):
+        key = turns[0].text if turns else ''
+        split = common.split_by_hash(key, config.seed, val=config.val_fraction)
+        yield common.Example(split, turns, drop)
 
 
 def read_documents(source, config):
@@ -184,17 +175,15 @@ def read_documents(source, config):
     with source.open(EXPECTED) as file:
         text = io.TextIOWrapper(file, 'utf-8-sig').read()
         separator = config.separator.replace('\\n', '\n')
-        for number, document in enumerate(text.split(separator)):
+        for document in text.split(separator):
             if not document.strip():
                 continue
             ids = np.append(vocabulary.encode(document.strip('\n')), vocabulary.end_of_text)
-            ids = ids.astype(np.uint16)
             # From a last piece of one token nothing can be learned: it would only be read.
             for start in range(0, len(ids) - 1, config.max_tokens):
                 piece = ids[start:start + config.max_tokens]
                 split = common.split_by_hash(piece.tolist(), config.seed, val=config.val_fraction)
-                yield common.Example((number, start), split, [], ids=piece.tobytes(),
-                                     mask=b'\1' * len(piece))
+                yield common.Example(split, [], encoded=(piece, np.ones_like(piece), 0))
 
 
 def main(argv):
@@ -204,14 +193,14 @@ def main(argv):
     print(f'{source.path} holds {form}', file=sys.stderr)
     if form == 'text':
         # Documents are no conversations: they get no tags or headings.
-        config = dataclasses.replace(config, template='plain')
+        config = replace(config, template='plain')
         examples = read_documents(source, config)
     else:
         examples = read_conversations(source, config, split_file)
     if config.stdout:
-        common.print_text(examples, config)
+        common.print_text(examples)
     else:
-        common.export(examples, source, config, config.out_dir, ['train', 'val'], common.OWN_DATA,
+        common.export(examples, source, config, config.out_dir, common.OWN_DATA,
                       split_rule='hash of the first message, or of the piece of text')
 
 

@@ -31,7 +31,8 @@ def clean(message):
 def main(argv):
     config = configurator.load(Config, argv)
     replies = defaultdict(list)
-    for message in common.Source(config, {}, HERE).records(clean):
+    source = common.Source(config, {}, HERE)
+    for message in source.records(clean, 'Expected a message a line.'):
         replies[message.get('parent_id')].append(message)
     for roots in list(replies.values()):
         for message in roots:

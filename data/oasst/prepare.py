@@ -33,6 +33,8 @@ SOURCES = {
         'licence': 'Apache-2.0'},
 }
 ROLES = {'prompter': 'user', 'assistant': 'assistant'}
+EXPECTED = ("Expected OpenAssistant's message trees, one JSON object a line. Flat messages: "
+            'see data/oasst/nest.py')
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,25 @@ class Config:
     top_k: Natural = 0          # keep the k best-ranked replies to each message; 0 keeps all
     synthetic: bool = True      # keep messages that a model wrote
     template: Literal['xml', 'dialogpt'] = 'xml'  # how conversations are written
-    tokenizer: str = 'gpt2'     # gpt2, or a folder or tokenizer.json in transformers' format
+    tokenizer: str = 'gpt2'     # gpt2, or the folder of a checkpoint with another vocabulary
     max_tokens: Count = 1024    # a longer conversation loses turns from its end
     too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
     val_fraction: Fraction = 0.05  # share of the trees for validation
     seed: Seed = 1337           # decides which trees those are
 
 
-def why_left_out(message, before, config):
-    """Return why a message is left out, or ''. before: the role of the message above."""
-    if message.get('deleted'):
-        return 'deleted'
-    # It is null before the review.
-    if message.get('review_result') is False:
-        return 'review_result'
-    if not message['text'].strip():
-        return 'empty text'
-    if config.lang != 'all' and message.get('lang') not in config.lang.replace(' ', '').split(','):
-        return 'language'
-    if message.get('synthetic') and not config.synthetic:
-        return 'synthetic'
-    if message['role'] == before:
-        return 'roles'
-    return ''
+def why_left_out(message, config):
+    """Return why a message is left out, or ''."""
+    languages = config.lang.replace(' ', '').split(',')
+    reasons = {
+        'deleted': message.get('deleted'),
+        # It is null before the review.
+        'review_result': message.get('review_result') is False,
+        'empty text': not message['text'].strip(),
+        'language': languages != ['all'] and message.get('lang') not in languages,
+        'synthetic': message.get('synthetic') and not config.synthetic,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), '')
 
 
 def by_rank(message):
@@ -78,72 +76,61 @@ def by_rank(message):
     return rank is None, rank, message.get('message_id')
 
 
-def find_threads(message, config, above=(), blocked=''):
-    """Return [(messages, why it is dropped)] of the threads that go through a message.
+def find_threads(replies, config, above, dropped):
+    """Return the threads, lists of messages, that go on from those above with one of the replies.
 
-    A thread leads from the root to an assistant message that no other one follows. If it meets
-    a message that is left out, it ends with the answer above, unless another thread has that.
-    above: the messages from the root to here. blocked: why one of them, or this, is left out.
+    A thread ends with an answer to which there is no usable reply. Why replies are left out, with
+    all that is below them, is added to the list `dropped`.
     """
-    found = []
-    thread = [*above, message]
+    threads = []
     n_usable = 0
-    replies = sorted(message.get('replies') or [], key=by_rank)
-    if config.turns == 'first' and above:
-        replies = []
-    for reply in replies:
-        drop = why_left_out(reply, message['role'], config)
+    for message in sorted(replies, key=by_rank):
+        drop = why_left_out(message, config)
         n_usable += not drop
         if not drop and 0 < config.top_k < n_usable:
             drop = 'top_k'
-        found += find_threads(reply, config, thread, blocked or drop)
-    if ROLES[message['role']] == 'assistant' and all(drop for _, drop in found):
-        if not blocked:
-            # The first of the threads that are left out below ends here.
-            found[:1] = [(thread, '')]
-        elif not found:
-            found = [([], blocked)]
-    return found
+        if drop:
+            dropped.append(drop)
+            continue
+        thread = [*above, message]
+        below = []
+        if config.turns == 'all' or not above:
+            below = find_threads(message.get('replies') or [], config, thread, dropped)
+        if not below and message['role'] == 'assistant':
+            below = [thread]
+        threads += below
+    return threads
 
 
-def count_messages(message):
-    """Return how many messages there are from this one on."""
-    return 1 + sum(map(count_messages, message.get('replies') or []))
-
-
-def read_tree(tree, config, counts):
+def read_tree(tree, config):
     """Return the Examples of a tree. An answer is supervised once, in its first thread."""
-    root = tree['prompt']
     key = str(tree['message_tree_id'])
     split = common.split_by_hash(key, config.seed, val=config.val_fraction)
     examples = []
+    dropped = []
     learned = set()
-    blocked = why_left_out(root, 'assistant', config)
-    for thread, drop in find_threads(root, config, blocked=blocked):
+    for thread in find_threads([tree['prompt']], config, [], dropped):
         turns = []
         for message in thread:
             supervised = id(message) not in learned
             turns.append(Turn(ROLES[message['role']], message['text'], supervised=supervised))
             learned.add(id(message))
-        examples.append(common.Example(key, split, turns, root.get('lang') or '', drop))
-    counts.update(trees=1, messages=count_messages(root))
-    return examples
+        examples.append(common.Example(split, turns, key=key))
+    return examples + [common.Example(split, [], drop) for drop in dropped]
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     source = common.Source(config, SOURCES, HERE)
-    expected = ("Expected OpenAssistant's message trees, one JSON object a line. Flat messages: "
-                'see data/oasst/nest.py')
-    trees = source.records(lambda tree: read_tree(tree, config, source.counts), expected=expected)
+    trees = source.records(lambda tree: read_tree(tree, config), EXPECTED)
     examples = chain.from_iterable(trees)
     if config.stdout:
-        common.print_text(examples, config)
+        common.print_text(examples)
         return
     recipe = 'config/finetune_oasst.py'
     if config.max_tokens <= 513:
         recipe = 'config/finetune_oasst_cpu.py'
-    common.export(examples, source, config, config.out_dir or HERE, ['train', 'val'], recipe,
+    common.export(examples, source, config, config.out_dir or HERE, recipe,
                   split_rule='hash of the tree id')
 
 
