@@ -8,8 +8,8 @@ Everything comes from the token files and meta.json. formats/dataset.html is the
 import html
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import markupsafe  # comes with jinja2
 import numpy as np
@@ -36,62 +36,40 @@ class Config:
 
 # ---- how long the conversations are ----
 
-class Column(NamedTuple):
-    """A bar of the histogram: conversations that have from `first` to `last` tokens."""
-    index: int
-    first: int
-    last: int
-    conversations: int
-    supervised: float  # share of their tokens
-
-
 def histogram(lengths, supervised):
-    """The Columns for conversations with these lengths and numbers of supervised tokens."""
+    """The bars for conversations with these lengths and numbers of supervised tokens: dicts.
+
+    A bar stands for the conversations that have from `first` to `last` tokens.
+    """
     longest = int(lengths.max())
     width = next(width for width in NICE if longest // width < COLUMNS)
     index = lengths // width
     conversations = np.bincount(index)
-    n_tokens = np.bincount(index, lengths)
-    n_supervised = np.bincount(index, supervised)
+    # An empty bar has no tokens.
+    n_tokens = np.bincount(index, lengths).clip(1)
+    shares = np.bincount(index, supervised) / n_tokens
     columns = []
-    for i in range(len(conversations)):
+    for i, share in enumerate(shares.tolist()):
         first = i * width
-        share = n_supervised[i] / max(1, n_tokens[i])
-        columns.append(Column(i, first, first + width - 1, int(conversations[i]), float(share)))
+        columns.append({'index': i, 'first': first, 'last': first + width - 1,
+                        'conversations': int(conversations[i]), 'supervised': share})
     return columns
 
 
 def ticks_of(columns):
-    """The axis below the Columns: [(per cent of the width, tokens)]."""
-    end = columns[-1].last + 1
+    """The axis below the columns: [(per cent of the width, tokens)]."""
+    end = columns[-1]['last'] + 1
     step = next(step for step in NICE if end / step < 6)
     return [(round(100 * tokens / end, 2), tokens) for tokens in range(0, end + 1, step)]
 
 
-def fitting(lengths):
-    """[(row size, how many conversations fit)], down from the size that holds them all."""
-    found = []
-    for size in (128, 256, 512, 1024):
-        # The last token is only a target.
-        n = int((lengths - 1 <= size).sum())
-        found.append((f'{size:,}\u00a0positions', n))
-        if n == len(lengths):
-            break
-    return found[::-1]
-
-
 # ---- conversations, token by token ----
 
-class Token(NamedTuple):
-    """A token, or several that only together make up whole characters."""
-    text: str
-    ids: list
-    supervised: bool
-    tag: bool
-
-
 def tokens_of(ids, mask, tokenizer):
-    """The conversation as a list of Tokens."""
+    """The conversation as a list of dicts, one for each token.
+
+    Several tokens that only together make up whole characters share one.
+    """
     tags = set(tokenizer.special.values())
     found = []
     # Ids that do not make up whole characters yet.
@@ -102,7 +80,8 @@ def tokens_of(ids, mask, tokenizer):
         is_last = i + 1 == len(ids) or mask[i + 1] != mask[i] or ids[i + 1] in tags
         # A character that is not whole ends in a replacement character.
         if is_last or not text.endswith('\ufffd'):
-            found.append(Token(text, group, bool(mask[i]), group[0] in tags))
+            found.append({'text': text, 'ids': group, 'supervised': bool(mask[i]),
+                          'tag': group[0] in tags})
             group = []
     return found
 
@@ -127,21 +106,24 @@ def examples(split, tokenizer, seed):
 
 # ---- the page ----
 
-def largest_first(counts):
-    """[(name, number)] of a dict of numbers."""
-    return sorted(counts.items(), key=lambda pair: -pair[1])
-
-
 def page(folder, seed):
     """The page about a prepared folder, as bytes."""
     meta = tokenfile.read_meta(folder)
     tokenizer = tokenizers.from_state({'tags': True, **meta['tokenizer']})
-    splits = [tokenfile.Split([folder], name, vocab_size=tokenizer.vocab_size)
-              for name in meta['splits']]
-    splits = [split for split in splits if len(split)]
+    splits = []
+    for name in meta['splits']:
+        split = tokenfile.Split([folder], name, vocab_size=tokenizer.vocab_size)
+        if len(split):
+            splits.append(split)
     lengths = np.concatenate([split.lengths for split in splits])
     supervised = np.concatenate([split.n_supervised for split in splits])
     columns = histogram(lengths, supervised)
+    fitting = []
+    for size in (1024, 512, 256, 128):
+        # The last token is only a target.
+        n = int((lengths - 1 <= size).sum())
+        fitting.append((f'{size:,}\u00a0positions', n))
+    dropped = Counter(meta.get('dropped'))
     # What is missing in meta.json is left out of the page.
     source = meta.get('source', {})
     return render(
@@ -150,10 +132,9 @@ def page(folder, seed):
         kept=len(lengths), seen=meta.get('seen', len(lengths)),
         n_tokens=int(lengths.sum()), n_supervised=int(supervised.sum()),
         median=int(np.median(lengths)), longest=int(lengths.max()),
-        columns=columns, ticks=ticks_of(columns), fitting=fitting(lengths), splits=splits,
-        languages=largest_first(meta.get('languages', {})),
-        dropped=largest_first(meta.get('dropped', {})),
-        shown=examples(splits[0], tokenizer, seed), seed=seed, visible=visible)
+        columns=columns, ticks=ticks_of(columns), fitting=fitting, splits=splits,
+        dropped=dropped.most_common(), shown=examples(splits[0], tokenizer, seed), seed=seed,
+        visible=visible)
 
 
 def main(argv):

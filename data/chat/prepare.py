@@ -13,10 +13,9 @@ What a file holds is told by its content, and printed. Any of them may be gzippe
 - plain text, named .txt: documents are learned whole, without a template, in pieces of max_tokens
 
 What does not fit the templates is changed by these rules:
-- An assistant speaks first: its greeting is dropped.
-- Several messages of the same role in a row: they are joined by a blank line.
-- System and developer messages: they are put before the first user's text.
-- A user speaks last: the question without an answer is dropped.
+- An assistant's greeting at the beginning, and a last question without an answer, are dropped.
+- Several messages of the same role in a row are joined by a blank line.
+- System and developer messages are put before the first user's text.
 - A conversation with tool calls, parts that are not text or an empty message is left out.
 A hash of the first message, or of the piece of text, decides the split.
 """
@@ -121,34 +120,25 @@ def read_row(record):
     return messages
 
 
-def read_message(message):
-    """(role, text, why the conversation is left out) of a message in any of the forms."""
-    role = message.get('role', message.get('from'))
-    role = SHAREGPT_ROLES.get(role, role)
-    text = message.get('content', message.get('value')) or ''
-    if isinstance(text, list):
-        if any(part['type'] != 'text' for part in text):
-            return role, '', 'parts not text'
-        text = ''.join(part['text'] for part in text)
-    drop = ''
-    if role not in ('user', 'assistant', 'system', 'developer'):
-        drop = f'the role {role!r}'
-    elif message.get('tool_calls'):
-        drop = 'tool calls'
-    elif not text.strip() and role in ('user', 'assistant'):
-        drop = 'empty message'
-    return role, text, drop
-
-
 def read_turns(record):
     """(turns, why they are left out) of a row, by the rules that --help states."""
     messages = []
     for message in read_row(record):
-        role, text, drop = read_message(message)
-        if drop:
-            return [], drop
+        role = message.get('role', message.get('from'))
+        role = SHAREGPT_ROLES.get(role, role)
+        text = message.get('content', message.get('value')) or ''
+        if role not in ('user', 'assistant', 'system', 'developer'):
+            return [], f'the role {role!r}'
+        if message.get('tool_calls'):
+            return [], 'tool calls'
+        if isinstance(text, list):
+            if any(part['type'] != 'text' for part in text):
+                return [], 'parts not text'
+            text = ''.join(part['text'] for part in text)
         if text.strip():
             messages.append({'role': role, 'content': text})
+        elif role in ('user', 'assistant'):
+            return [], 'empty message'
     if not any(message['role'] == 'user' for message in messages):
         return [], 'no question'
     turns = readback.from_messages(messages)
@@ -156,7 +146,8 @@ def read_turns(record):
         turns.pop(0)
     if turns[-1].role == 'user':
         turns.pop()
-    return turns, '' if turns else 'no answer'
+    drop = '' if turns else 'no answer'
+    return turns, drop
 
 
 # ---- the examples ----
@@ -164,8 +155,8 @@ def read_turns(record):
 def read_conversations(source, config, split_file):
     """Yield the Examples of a file of conversations."""
     for turns, drop in source.records(read_turns, EXPECTED, split_file):
-        key = turns[0].text if turns else ''
-        split = common.split_by_hash(key, config.seed, val=config.val_fraction)
+        first = turns[0].text if turns else ''
+        split = common.split_by_hash(first, config.seed, val=config.val_fraction)
         yield common.Example(split, turns, drop)
 
 
