@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import train
-from configurator import UserError
-from conftest import ROOT, SHARED, read_back
+from conftest import ROOT, SHARED, one_line, read_back
 from core import tokenfile
 from data.alpaca import prepare
 
@@ -49,16 +48,13 @@ def real(name):
     return path
 
 
-@pytest.mark.parametrize('flags, sizes, leaked', [
-    ({'split': '85/10/5'}, [935, 55, 110], [2, 4]), ({'val_fraction': 0.1}, [985, 115], [])])
-def test_the_book(run, capsys, gpt2, flags, sizes, leaked):
-    """The 1,100 rows: by position, prompts of val and test stand in train; by hash, none does."""
+@pytest.mark.parametrize('flags, sizes', [
+    ({'split': '85/10/5'}, [935, 55, 110]), ({'val_fraction': 0.1}, [985, 115])])
+def test_the_book(run, capsys, gpt2, flags, sizes):
     meta = run(ROWS, tokenizer='gpt2', input=real('instruction-data.json'), **flags)
     assert [counts['conversations'] for counts in meta['splits'].values()] == sizes
     assert meta['source']['name'] == 'instruction-data'
     assert 'python train.py config/finetune_instruction_data.py' in capsys.readouterr().out
-    said = {what: n for what, n in meta['counts'].items() if 'also in train' in what}
-    assert sorted(said.values()) == leaked
 
 
 def test_stanford(run, capsys, gpt2):
@@ -76,25 +72,24 @@ def row(**changes):
 NONE = ['No input', 'Noinput', '<no input>', 'N/A', 'n/a.', '"<noinput>"', '\\<noinput\\>',
         ':\n<noinput>', 'No input required.', '<noinput> 8', 'None', '[No Input]']
 SOMETHING = ['Larry <noinput> the door.', 'No pain, no gain', 'None of the students', 'NASA']
-QUIRKS = [  # (row, what is kept as input and output or None, what is counted)
-    *[(row(input=text), ('', 'x'), 'inputs that mean none') for text in NONE],
-    *[(row(input=text), ('', 'x'), '') for text in (' \n', None, float('nan'))],
-    *[(row(input=text), (text, 'x'), '') for text in SOMETHING],
-    (row(output=' y\n'), ('', ' y\n'), ''),  # as published: nothing is stripped
-    ({'instruction': 'f', 'context': 'here', 'response': 'y'}, ('here', 'y'), ''),
-    (row(output=' \n'), None, 'empty output'),
-    ({'instruction': 'f', 'input': ''}, None, 'empty output'),
-    (row(instruction=None), None, 'empty instruction'),
-    (row(output='\ud83d'), None, 'half a surrogate pair'),
-    (row(instruction='f\n\n### Response:\nz'), None, 'template heading'),
-    (row(instruction='word ' * 2000), None, 'too long'),
-    (row(system=' ', history=None, note='', id=7), ('', 'x'), "  not used: 'id'")]
+QUIRKS = [  # (row, the input and output that are kept, or why none is)
+    *[(row(input=text), ('', 'x')) for text in (*NONE, ' \n', None, float('nan'))],
+    *[(row(input=text), (text, 'x')) for text in SOMETHING],
+    (row(output=' y\n'), ('', ' y\n')),  # as published: nothing is stripped
+    ({'instruction': 'f', 'context': 'here', 'response': 'y'}, ('here', 'y')),
+    (row(output=' \n'), 'empty output'),
+    (row(instruction=None), 'empty instruction'),
+    (row(output='\ud83d'), 'cannot be encoded'),
+    (row(instruction='f\n\n### Response:\nz'), 'cannot be encoded'),
+    (row(instruction='word ' * 2000), 'too long'),
+    (row(system=' ', history=None, note='', id=7), ('', 'x'))]
 
 
 def test_quirks_of_real_rows_are_handled_and_counted(run, folder):
-    meta = run([record for record, _, _ in QUIRKS], val_fraction=0)
-    assert meta['counts'] | meta['dropped'] == Counter(what for _, _, what in QUIRKS if what)
-    assert triples(folder) == [('f', *texts) for _, texts, _ in QUIRKS if texts]
+    meta = run([record for record, _ in QUIRKS], val_fraction=0)
+    found = [what for _, what in QUIRKS]
+    assert meta['dropped'] == Counter(what for what in found if isinstance(what, str))
+    assert triples(folder) == [('f', *what) for what in found if not isinstance(what, str)]
 
 
 def test_a_history_becomes_turns_and_a_system_text_is_put_first(run, folder):
@@ -112,9 +107,8 @@ def test_the_split_by_hash_keeps_prompts_together(run, folder):
     for record in ROWS:
         question = record['instruction']
         some += [record, row(instruction=question.upper().replace(' ', '  '), output='again')]
-    flags = {'val_fraction': 0.3, 'test_fraction': 0.2, 'dedup': True}
-    meta = run(some + ROWS, **flags)
-    assert meta['dropped'] == {'repeated': 100 + 40}  # all of ROWS, and "again" of the last 40
+    flags = {'val_fraction': 0.3, 'test_fraction': 0.2}
+    run(some, **flags)
     before = {name: triples(folder, name) for name in ('train', 'val', 'test')}
     prompts = []
     for found in before.values():
@@ -144,16 +138,13 @@ def test_splits_by_position(run, folder, flags, ends, order):
     (ROWS, {'source': 'dolly'}, "'dolly', expected one of alpaca, alpaca-cleaned, instruction"),
     (ROWS, {'split': '85/10'}, 'as in 85/10/5'),
     (ROWS, {'train_rows': 95}, 'more than the 100 rows'),
-    (ROWS, {'split': '85/10/5', 'train_rows': 5}, 'two ways to split'),
-    (ROWS, {'shuffle_seed': 42}, '--split=85/10/5 or --train_rows=N'),
     (ROWS, {'input': 'no.json'}, 'no.json not found'), ([], {}, 'no conversation can be used'),
-    ('[{"output": "x"', {}, 'cannot be read'), ('{"prompt": "f"}', {}, "not used: 'prompt'"),
-    ([row(output=4)], {}, "1 of 1 records .* found '4', expected text"),
-    ([row(history='q')], {}, '1 of 1 records')])
+    ('[{"output": "x"', {}, 'cannot be read'), ('{"prompt": "f"}', {}, 'Expected JSON .* of rows'),
+    ([row(output=4)], {}, "record 1 .* found '4', expected text"),
+    ([row(history='q')], {}, 'record 1 .*')])
 def test_mistakes_are_one_line_that_says_what_to_do(run, content, flags, said):
-    with pytest.raises(UserError, match=said) as error:
+    with one_line(said):
         run(content, **flags)
-    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name, flags', [

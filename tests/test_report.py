@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from configurator import UserError
+from conftest import one_line
 from core import tokenfile
 from core.conversation import Turn, encode
 from data import report
@@ -17,11 +17,11 @@ EVIL = '<script>alert(1)</script> & "q" </user> 🙂👩‍👩‍👧 Ünï\r\n
 def test_every_token_is_there_with_its_mask_and_reads_as_the_text(small, template):
     ids, mask, _ = encode([Turn('user', EVIL), Turn('assistant', EVIL)], small, template)
     tokens = report.tokens_of(ids, mask, small)
-    pairs = [(i, token.supervised) for token in tokens for i in token.ids]
+    pairs = [(i, token['supervised']) for token in tokens for i in token['ids']]
     assert pairs == list(zip(ids.tolist(), mask.astype(bool).tolist()))
-    text = ''.join(token.text for token in tokens)
+    text = ''.join(token['text'] for token in tokens)
     assert text == small.decode(ids.tolist()) and '\ufffd' not in text
-    assert [i for token in tokens if token.tag for i in token.ids] == [
+    assert [i for token in tokens if token['tag'] for i in token['ids']] == [
         i for i in ids if i in small.special.values()]
 
 
@@ -29,7 +29,7 @@ def test_half_a_character_is_shown_as_such(small):
     half = small.encode('🙂').tolist()[:2]
     ids = np.array([*half, small.special['</user>'], *small.encode('a').tolist()])
     tokens = report.tokens_of(ids, np.array([0, 0, 0, 1]), small)
-    assert [token.text for token in tokens] == ['\ufffd', '</user>', 'a']
+    assert [token['text'] for token in tokens] == ['\ufffd', '</user>', 'a']
 
 
 def test_the_page_says_what_the_files_say(tmp_path, small):
@@ -39,16 +39,15 @@ def test_the_page_says_what_the_files_say(tmp_path, small):
         examples.append(encode(turns, small)[:2])
     tokenfile.write(str(tmp_path), {'train': examples[4:], 'val': examples[:4]}, {
         'template': 'xml', 'tokenizer': small.state(), 'seen': 57, 'truncated': 3, 'seed': 7,
-        'dropped': {'language': 5, '<i>new': 12}, 'languages': {'en': 30, '<b>x': 2},
-        'counts': {'trees': 1234}, 'source': {'name': '<u>', 'url': 'https://x/y'},
+        'dropped': {'language': 5, '<i>new': 12}, 'source': {'name': '<u>', 'url': 'https://x/y'},
         'options': {'turns': 'all', 'lang': 'en'}, 'split_rule': 'by position'})
     report.main([f'--folder={tmp_path}', '--seed=1'])
     page = (tmp_path / 'report.html').read_text(encoding='utf-8')
     for said in (
             '<h1>&lt;u&gt;</h1>', 'https://x/y', '<b>40</b><span>conversations kept of 57',
-            '<td>language</td>', '<td>5</td>', '&lt;i&gt;new', '&lt;b&gt;x', '<td>1,234</td>',
-            '3 kept ones are cut', 'by position', 'Seed: 7', 'several threads share', 'turns=all',
-            '<td>36</td>', '<s>↵</s>', '&amp;'):
+            '<td>language</td>', '<td>5</td>', '&lt;i&gt;new', '3 kept ones are cut',
+            'by position', 'Seed: 7', 'several threads share', 'turns=all', '<td>36</td>',
+             '<s>↵</s>', '&amp;'):
         assert said in page, said
     assert page.count('<details open>') == 20
     assert not re.search(r'<(script|img|link|iframe|u>)|\b(src|href|on\w+)=|@import|url\(', page)
@@ -66,8 +65,8 @@ def test_the_page_says_what_the_files_say(tmp_path, small):
 def test_a_histogram_has_all_of_them_in_few_columns(lengths):
     lengths = np.array(lengths)
     columns = report.histogram(lengths, lengths // 2)
-    assert sum(column.conversations for column in columns) == len(lengths)
-    assert len(columns) <= report.COLUMNS and columns[-1].last >= lengths.max()
+    assert sum(column['conversations'] for column in columns) == len(lengths)
+    assert len(columns) <= report.COLUMNS and columns[-1]['last'] >= lengths.max()
 
 
 def test_prepare_writes_the_page_if_asked(tmp_path, vocabulary):
@@ -76,5 +75,5 @@ def test_prepare_writes_the_page_if_asked(tmp_path, vocabulary):
     prepare.main([f'--input={tmp_path}/rows.json', f'--tokenizer={vocabulary}',
                   f'--out_dir={tmp_path}/out', '--val_fraction=0', '--report=True'])
     assert 'empty message' in (tmp_path / 'out' / 'report.html').read_text()
-    with pytest.raises(UserError, match='nowhere/meta.json not found'):
+    with one_line('nowhere/meta.json not found'):
         report.main(['--folder=nowhere'])
