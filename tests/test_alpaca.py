@@ -40,29 +40,20 @@ def triples(folder, split='train'):
     return [(*question[1:3], answer.text) for question, answer in read_back(folder, split)]
 
 
-def real(name):
-    """The path of a published file; skips where it is not there."""
-    path = os.path.join(SHARED, 'data', 'alpaca', name)
+@pytest.mark.parametrize('file, flags, sizes, recipe', [
+    ('instruction-data', {'split': '85/10/5'}, [935, 55, 110], 'instruction_data'),
+    ('instruction-data', {'val_fraction': 0.1}, [985, 115], 'instruction_data'),
+    ('alpaca_data', {'max_tokens': 1024}, [49_306, 2_668], 'alpaca')])
+def test_published_files(run, capsys, gpt2, file, flags, sizes, recipe):
+    """Every row is kept, but for 28 of Stanford's without an output."""
+    path = os.path.join(SHARED, 'data', 'alpaca', f'{file}.json')
     if not os.path.exists(path):
-        pytest.skip(f'{name} is not in {os.path.dirname(path)}')
-    return path
-
-
-@pytest.mark.parametrize('flags, sizes', [
-    ({'split': '85/10/5'}, [935, 55, 110]), ({'val_fraction': 0.1}, [985, 115])])
-def test_the_book(run, capsys, gpt2, flags, sizes):
-    meta = run(ROWS, tokenizer='gpt2', input=real('instruction-data.json'), **flags)
+        pytest.skip(f'{path} is not there')
+    meta = run(ROWS, tokenizer='gpt2', input=path, **flags)
     assert [counts['conversations'] for counts in meta['splits'].values()] == sizes
-    assert meta['source']['name'] == 'instruction-data'
-    assert 'python train.py config/finetune_instruction_data.py' in capsys.readouterr().out
-
-
-def test_stanford(run, capsys, gpt2):
-    """All 52,002 rows: every one is kept, or dropped for a reason."""
-    meta = run(ROWS, tokenizer='gpt2', input=real('alpaca_data.json'))
-    assert meta['seen'] == 52002 and meta['dropped'] == {'empty output': 28}
-    assert meta['truncated'] == 2 and meta['splits']['val']['conversations'] == 2668
-    assert 'alpaca: licence CC-BY-NC-4.0' in capsys.readouterr().err
+    assert meta['dropped'] == ({'empty output': 28} if recipe == 'alpaca' else {})
+    said = capsys.readouterr()
+    assert f'python train.py config/finetune_{recipe}.py' in said.out and 'licence' in said.err
 
 
 def row(**changes):
@@ -107,16 +98,12 @@ def test_the_split_by_hash_keeps_prompts_together(run, folder):
     for record in ROWS:
         question = record['instruction']
         some += [record, row(instruction=question.upper().replace(' ', '  '), output='again')]
-    flags = {'val_fraction': 0.3, 'test_fraction': 0.2}
-    run(some, **flags)
-    before = {name: triples(folder, name) for name in ('train', 'val', 'test')}
+    meta = run(some, val_fraction=0.3, test_fraction=0.2)
+    assert all(counts['conversations'] > 5 for counts in meta['splits'].values())
     prompts = []
-    for found in before.values():
-        prompts += {' '.join(question.lower().split()) for question, _, _ in found}
-    assert len(prompts) == len(set(prompts)) == 60 and all(before.values())
-    run([row(instruction='one more'), *some], **flags)
-    for name, found in before.items():
-        assert set(found) <= set(triples(folder, name))  # nothing has moved
+    for name in ('train', 'val', 'test'):
+        prompts += {' '.join(question.lower().split()) for question, *_ in triples(folder, name)}
+    assert len(prompts) == len(set(prompts)) == 60
 
 
 SHUFFLED = np.random.default_rng(42).permutation(100).tolist()  # as datasets' shuffle(42) does

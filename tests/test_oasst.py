@@ -14,7 +14,7 @@ ALL = '--turns=all'
 WHOLE = '--max_tokens=1000000'
 
 
-def message(key, *replies, text='', **more):
+def M(key, *replies, text='', **more):
     """A message. Its text is its id."""
     return {'message_id': key, 'text': text or key, 'lang': 'en', 'review_result': True,
             'deleted': False, 'synthetic': False, 'replies': list(replies), **more}
@@ -36,7 +36,7 @@ def random_trees(n):
     def grow(key, depth):
         n_replies = rng.choice((0, 1, 1, 2, 3)) if depth < 6 else 0
         replies = [grow(f'{key}.{i}', depth + 1) for i in range(n_replies)]
-        node = message(key, *replies, text=f'{key} é🙂</user>', rank=rng.choice((None, 0, 1, 2)))
+        node = M(key, *replies, text=f'{key} é🙂</user>', rank=rng.choice((None, 0, 1, 2)))
         return node | rng.choice([{}] * 16 + flaws)
     return [tree(grow(f'{rng.random()}', 0)) for _ in range(n)]
 
@@ -55,9 +55,6 @@ def shown(conversations):
             parts.append(f'[{turn.text}]' if learned else turn.text)
         found.append('>'.join(parts))
     return sorted(found)
-
-
-M = message
 
 
 @pytest.fixture
@@ -183,7 +180,7 @@ def test_texts_made_to_break_things_come_through(run, script, vocabulary):
 
 @pytest.mark.parametrize('source, said', [
     ('', 'no conversation can be used'),
-    ('{"message_tree_id": "x", "text": "flat"}', "KeyError 'prompt'. Expected .* see data/oasst/nest"),
+    ('{"message_tree_id": "x", "text": "flat"}', "KeyError 'prompt'. Expected .* see data/oasst"),
     (lines([tree(M('x', M('y', text=5)))]), 'record 1 of .* AttributeError'),
     (lines([tree(M('x', M('y', lang='de')))]), "no conversation can be used.*'language': 1")])
 def test_a_source_that_gives_nothing_is_one_line(run, source, said):

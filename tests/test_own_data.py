@@ -51,21 +51,17 @@ SHAREGPT = [{'conversations': messages(turns, 'from', 'value', user='human', ass
             for turns in LONGER]
 LISTS = [{'prompt': messages(turns[:-1]), 'completion': messages(turns[-1:])} for turns in LONGER]
 QUESTIONS = rows('question', 'answer')
+EVERY_FORM = [*OPENAI, *PARTS, *SHAREGPT, *LISTS, *QUESTIONS, *rows('prompt', 'completion'),
+              *rows('input', 'output')]
 XML = """\
 <conversation><user>Hi, <\\user></user><assistant>Hello
 </assistant><user>1</user><assistant>2</assistant></conversation><|endoftext|>
 """ * 2
 FROM_XML = [[('user', 'Hi, <user>'), ('assistant', 'Hello\n'), ('user', '1'), ('assistant', '2')]]
 FORMS = {  # name: (the file's content, its conversations, what the script says it is)
-    "OpenAI's messages": (json_lines(OPENAI), LONGER, 'JSON'),
+    'lines of every form': (json_lines(EVERY_FORM), LONGER * 4 + PAIRS * 3, 'JSON'),
     'an array after a BOM': ('\ufeff \n' + json.dumps(OPENAI, indent=1), LONGER, 'JSON'),
-    'messages in parts': (json_lines(PARTS), LONGER, 'JSON'),
     'messages in CSV': (as_csv(IN_CSV), LONGER, 'CSV'),
-    "ShareGPT's, and questions": (json_lines([*SHAREGPT, *QUESTIONS]), [*LONGER, *PAIRS], 'JSON'),
-    'prompt and completion': (json_lines(rows('prompt', 'completion')), PAIRS, 'JSON'),
-    'prompt and completion, lists': (json_lines(LISTS), LONGER, 'JSON'),
-    'input and output': (json_lines(rows('input', 'output')), PAIRS, 'JSON'),
-    'CSV': (as_csv(QUESTIONS), PAIRS, 'CSV'),
     "a German Excel's CSV": ('\ufeff' + as_csv(QUESTIONS, ';', str.title), PAIRS, 'CSV'),
     'tabs': (as_csv(QUESTIONS, '\t', ' {} '.format), PAIRS, 'CSV'),
     'XML of --stdout': (XML, FROM_XML * 2, 'XML')}
