@@ -57,7 +57,7 @@ out.flush()
 class Config:
     input: str = 'trees.jsonl'  # OpenAssistant's message trees, not compressed
     copies: Count = 1           # read them so many times, each time with new ids
-    workers: Count = 2          # num_proc of datasets; ours takes all cores
+    workers: Count = 2          # num_proc of datasets; ours takes one core
     players: str = 'ours,datasets'  # and other-ours
     other: str = ''             # a checkout of this repository, for other-ours
     rounds: Count = 5           # that each player plays

@@ -81,7 +81,7 @@ def only_writer(folder, option='out_dir'):
 
 class Bar(tqdm):
     """A progress bar on standard error, only on a terminal and only for what takes over 2 s."""
-    monitor_interval = 0  # no thread of its own: prepare.py forks its workers beside it
+    monitor_interval = 0  # no thread of its own
 
     def __init__(self, *arguments, **options):
         look = {'disable': None, 'delay': 2, 'leave': False, 'miniters': 0, 'dynamic_ncols': True}

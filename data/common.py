@@ -29,6 +29,13 @@ class Example(NamedTuple):
     encoded: tuple = ()  # a piece of text has these ids and this mask instead of turns
 
 
+def split_json(file):
+    """The objects of a JSON array, or the lines of a file of JSON lines."""
+    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
+        return json.loads(file.read())
+    return filter(bytes.strip, file)
+
+
 class Source:
     """The file to read: --input, or the published file that --source names.
 
@@ -58,9 +65,8 @@ class Source:
                 file = gzip.GzipFile(fileobj=file)
             yield file
 
-    def records(self, read, expected, split=None):
-        """Yield read(record) for each record that split(file) finds, or split_json."""
-        split = split or split_json
+    def records(self, read, expected, split=split_json):
+        """Yield read(record) for each record that split(file) finds."""
         with self.open(expected) as file:
             for number, record in enumerate(split(file), 1):
                 with reading(f'record {number} of {self.path}', expected):
@@ -88,13 +94,6 @@ def download(url, folder):
     return path
 
 
-def split_json(file):
-    """The objects of a JSON array, or the lines of a file of JSON lines."""
-    if file.peek(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'[':
-        return json.loads(file.read())
-    return filter(bytes.strip, file)
-
-
 def split_by_hash(key, seed, **shares):
     """Return the split of a key: one of shares, or train. New data moves no key to another."""
     digest = hashlib.sha256(f'{seed}:{key}'.encode('utf-8', 'surrogatepass')).digest()
@@ -115,8 +114,8 @@ def print_text(examples):
 
 def export(examples, source, config, folder, recipe, **meta):
     """Write the token files, print the counts and the next command. meta: more for meta.json."""
-    tags = conversation.TEMPLATES[config.template].tags
-    vocabulary = tokenizer.load(config.tokenizer, tags)
+    template = conversation.TEMPLATES[config.template]
+    vocabulary = tokenizer.load(config.tokenizer, template.tags)
     # The threads of a tree share most of their turns.
     vocabulary.encode = lru_cache(64)(vocabulary.encode)
     splits = {'train': [], 'val': []}
@@ -124,6 +123,7 @@ def export(examples, source, config, folder, recipe, **meta):
     truncated = 0
     lost = 0  # tokens of answers that do not fit
     examples = sorted(examples, key=lambda example: example.key)
+    # Encode everything, and see what can be used.
     for example in Bar(examples, 'encoding', unit=' conversations'):
         if example.drop:
             dropped[example.drop] += 1

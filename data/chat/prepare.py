@@ -34,7 +34,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 import configurator
-from configurator import Count, Fraction, Seed
+from configurator import Count, Fraction, Seed, UserError
 from core import conversation, readback, tokenizer
 from data import common
 
@@ -146,8 +146,9 @@ def read_turns(record):
         turns.pop(0)
     if turns[-1].role == 'user':
         turns.pop()
-    drop = '' if turns else 'no answer'
-    return turns, drop
+    if not turns:
+        return [], 'no answer'
+    return turns, ''
 
 
 # ---- the examples ----
@@ -183,6 +184,8 @@ def main(argv):
     form, split_file = find_form(source)
     print(f'{source.path} holds {form}', file=sys.stderr)
     if form == 'text':
+        if config.stdout:
+            raise UserError(f'--stdout prints conversations, and {source.path} is plain text.')
         # Documents are no conversations: they get no tags or headings.
         config = replace(config, template='plain')
         examples = read_documents(source, config)
