@@ -5,13 +5,11 @@
 
 Everything comes from the token files and meta.json. formats/dataset.html is the page's form.
 """
-import html
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
-import markupsafe  # comes with jinja2
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -86,12 +84,6 @@ def tokens_of(ids, mask, tokenizer):
     return found
 
 
-def visible(text):
-    """The text as HTML, with marks for line breaks and tabs."""
-    text = html.escape(text).replace('\n', '<s>↵</s>\n').replace('\t', '<s>→</s>\t')
-    return markupsafe.Markup(text)
-
-
 def examples(split, tokenizer, seed):
     """SHOWN conversations of the split, drawn by the seed."""
     n = min(SHOWN, len(split))
@@ -133,8 +125,7 @@ def page(folder, seed):
         n_tokens=int(lengths.sum()), n_supervised=int(supervised.sum()),
         median=int(np.median(lengths)), longest=int(lengths.max()),
         columns=columns, ticks=ticks_of(columns), fitting=fitting, splits=splits,
-        dropped=dropped.most_common(), shown=examples(splits[0], tokenizer, seed), seed=seed,
-        visible=visible)
+        dropped=dropped.most_common(), shown=examples(splits[0], tokenizer, seed), seed=seed)
 
 
 def main(argv):

@@ -100,7 +100,7 @@ def split_xml(file):
 # ---- from a record to turns ----
 
 def read_row(record):
-    """The messages of a row, each a dict."""
+    """The messages of a row of any form, each a dict."""
     if 'instruction' in record:
         raise ValueError('it has an instruction. For such rows use data/alpaca/prepare.py')
     if None in record:
@@ -154,7 +154,6 @@ def read_turns(record):
 # ---- the examples ----
 
 def read_conversations(source, config, split_file):
-    """Yield the Examples of a file of conversations."""
     for turns, drop in source.records(read_turns, EXPECTED, split_file):
         first = turns[0].text if turns else ''
         split = common.split_by_hash(first, config.seed, val=config.val_fraction)
