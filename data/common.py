@@ -159,10 +159,10 @@ def export(examples, source, config, folder, recipe, **meta):
     meta = tokenfile.write(folder, splits, meta)
 
     # The same counts for a person, and what to do next.
-    print(f'{len(examples):,} conversations, {kept:,} of them kept')
+    print(f'{len(examples):,} conversations, {kept:,} kept, {truncated:,} of these cut to fit')
     for reason, n in dropped.items():
         print(f'dropped: {n:,} {reason}')
-    print(f'cut: {truncated:,}. Lost, with those too long: {lost:,} tokens of answers')
+    print(f'{lost:,} tokens of answers did not fit')
     for name, n in meta['splits'].items():
         print(f"{name}: {n['conversations']:,} conversations, {n['tokens']:,} tokens, "
               f"{n['supervised_tokens']:,} supervised")

@@ -82,7 +82,7 @@ def test_first_in_gpt2s_ids(gpt2, real_trees, tmp_path, capsys):
     # Bytes that must never change: a run resumes only on equal files.
     assert meta['splits']['train']['sha256'].startswith('cf0a101fd05b')
     output = capsys.readouterr().out
-    assert '333 conversations, 333 of them kept\ncut: 6. ' in output
+    assert '333 conversations, 333 kept, 6 of these cut to fit\n3,580 tokens of ' in output
     assert 'train: 312 conversations, 76,894 tokens, 62,212 supervised\n' in output
     split = tokenfile.Split([str(tmp_path)], 'train')
     assert rows.Rows(split, 1024).n_rows == 75 == -(-(76_894 - 312) // 1024)
@@ -209,8 +209,8 @@ def test_what_is_printed_and_meta_json(run, tmp_path, monkeypatch, capsys, max_t
     some = [tree(M('q', M('a'), M('b', deleted=True)))]
     meta, _ = run(some, '--val_fraction=0', f'--max_tokens={max_tokens}', out='data/mine')
     output = capsys.readouterr().out.splitlines()
-    assert output[:3] == ['2 conversations, 1 of them kept', 'dropped: 1 deleted',
-                          'cut: 0. Lost, with those too long: 0 tokens of answers']
+    assert output[:3] == ['2 conversations, 1 kept, 0 of these cut to fit', 'dropped: 1 deleted',
+                          '0 tokens of answers did not fit']
     assert output[-1].endswith(f': python train.py {recipe} --dataset=mine --out_dir=out/mine')
     assert meta['template'] == 'xml' and meta['seed'] == 1337
     assert meta['source'].keys() == {'name', 'url', 'bytes', 'sha256', 'licence'}
