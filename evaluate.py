@@ -3,8 +3,8 @@
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
     python evaluate.py --models=out/oasst --quiz=questions.jsonl    # see formats/quiz.py
 
-Each model is asked in its own template. One that was never tuned is asked in the template
-`question`, or in that of the data set if that needs no tags. The same seed gives the same report.
+Each model is asked in its own template. One that was never tuned is asked in that of the data
+set if it needs no tags, else in the template `question`.
 """
 import json
 import math
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import configurator
-from configurator import Count, Natural, NonNegative, Positive, Seed, UserError
+from configurator import Count, Natural, NonNegative, Seed
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,11 @@ class Config:
     split: Literal['train', 'val', 'test'] = 'val'  # of the data set
     answers: Natural = 20        # how many prompts of the data set to answer
     quiz: str = ''               # a JSONL file of questions
-    quiz_size: Natural = 200     # how many of them to ask, drawn by the seed; 0 asks all
     # how to answer
     max_new_tokens: Count = 128  # the longest answer
     temperature: NonNegative = 0.0  # 0 always takes the likeliest token
     top_k: Natural = 200         # else keep the k most likely tokens; 0 keeps all
-    repetition_penalty: Positive = 1.0  # over 1: tokens that are in the text become less likely
-    no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
-    seed: Seed = 1337            # for sampling and for drawing questions
+    seed: Seed = 1337            # the same seed gives the same report
     batch_size: Count = 32       # prompts answered together
     # where
     out_dir: str = 'out/report'  # for report.json and report.html
@@ -51,6 +48,7 @@ configurator.precheck(__name__, Config)
 import torch
 
 from core import checkpoint, conversation, tokenfile
+from core import tokenizer as tokenizers
 from core.conversation import TEMPLATES
 from core.decoding_weights import prepare
 from core.device import keep_freed_memory, pick_device
@@ -71,11 +69,11 @@ class Answer(NamedTuple):
 
 
 def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, seed=1337,
-               batch_size=128, what=''):
+               batch_size=128):
     """The Answers of a model to `questions`, a list of lists of turns, in their order.
 
     Prompts of similar length are answered together; a greedy answer is what it would be alone.
-    Too long a prompt loses its oldest tokens. what: the name of a progress bar; '' for none.
+    Too long a prompt loses its oldest tokens.
     """
     # As in a chat, at least half of the window belongs to the prompt.
     window = opened.model.config.block_size
@@ -83,19 +81,21 @@ def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, 
     prompts = []
     for turns in questions:
         with reading(f'the question {turns[-1].text[:60]!r}'):
-            prompts.append(conversation.prompt(turns, opened.tokenizer, template)[-room:])
+            prompt = conversation.prompt(turns, opened.tokenizer, template)
+        prompts.append(prompt[-room:])
 
     stops = conversation.stop_ids(opened.tokenizer, template)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start:start + batch_size]
-        steps = generate(opened.model, [prompts[i] for i in group], max_new_tokens, sampling,
-                         seed=seed + start, stops=stops)
-        name = f'{what}, {len(order) - start} answers left'
-        for tokens in Bar(steps, name, max_new_tokens, disable=not what or None):
+        batch = [prompts[i] for i in group]
+        steps = generate(opened.model, batch, max_new_tokens, sampling, seed=seed + start,
+                         stops=stops)
+        left = f'{opened.description}: {len(order) - start} answers left'
+        for tokens in Bar(steps, left, max_new_tokens):
             for i, token in zip(group, tokens):
-                # Else this answer has ended.
+                # An answer that has ended gets None.
                 if token is not None:
                     found[i].append(token)
 
@@ -107,121 +107,85 @@ def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, 
     return answers
 
 
-# ---- what is measured ----
-
 @torch.no_grad()
-def response_loss(model, split, what=''):
+def response_loss(model, split):
     """(nats per supervised token, number of tokens) of the conversations that fit the model."""
     loss_sum = 0.0
     n_tokens = 0
-    for batch in Rows(split, model.config.block_size).batches(4, what=what):
+    for batch in Rows(split, model.config.block_size).batches(4, what='loss'):
         loss_sum += model.loss(batch).item()
         n_tokens += len(batch.targets)
     return loss_sum / n_tokens, n_tokens
 
 
-def ask(opened, template, questions, config, what):
-    """The answers to the Questions and their scores, for the report."""
-    turns = [question.turns for question in questions]
-    sampling = Sampling(config.temperature, config.top_k,
-                        repetition_penalty=config.repetition_penalty,
-                        no_repeat_ngram_size=config.no_repeat_ngram_size)
-    answers = answer_all(opened, template, turns, config.max_new_tokens, sampling, config.seed,
-                         config.batch_size, f'{opened.description}: {what}')
-    asked = []
-    for question, answer in zip(questions, answers):
-        asked.append({
-            'prompt': [f'{turn.text}\n\n{turn.context}'.strip() for turn in question.turns],
-            'group': question.group,
-            'expected': question.answer or question.wanted,
-            'answer': answer.text,
-            'stopped': answer.stopped,
-            'right': quiz.is_right(answer, question),
-            'exact': quiz.is_exact(answer, question),
-        })
-    return {'scores': quiz.scores(answers, questions, opened.tokenizer), 'asked': asked}
-
-
 def measure(name, config, questions, device):
     """Everything that the report says about one model, as a dict of plain values."""
-    # For a model that was never tuned.
+    # The template of a model that was never tuned.
     template = 'question'
-    tags = False
+    vocabulary = None
     if config.dataset:
-        folder = tokenfile.find_folders(config.dataset, config.data_dir)[0]
-        meta = tokenfile.read_meta(folder)
+        folders = tokenfile.find_folders(config.dataset, config.data_dir)
+        meta = tokenfile.read_meta(folders[0])
         tags = TEMPLATES[meta['template']].tags
+        vocabulary = tokenizers.from_state(meta['tokenizer'] | {'tags': tags})
         if not tags:
             template = meta['template']
-    # A model that was tuned here has its own template.
-    opened = checkpoint.open_model(name, which=config.which, tags=tags)
+    # It must have the vocabulary of the data, and gets its tags.
+    opened = checkpoint.open_model(name, which=config.which, vocabulary=vocabulary)
     template = opened.template or template
+    n_parameters = sum(p.numel() for p in opened.model.parameters())
+    result = {'model': name, 'description': opened.description}
+    figures = {'parameters': f'{n_parameters / 1e6:.1f} M', 'asked as': template}
     prepare(opened.model, device, config.dtype)
-    result = {
-        'model': name,
-        'description': opened.description,
-        'folder': opened.folder,
-        'template': template,
-        'parameters': sum(p.numel() for p in opened.model.parameters()),
-    }
+
+    prompts = []
     if config.dataset:
-        tokenizer = opened.tokenizer
-        if meta['tokenizer']['sha256'] != tokenizer.sha256:
-            raise UserError(f'{opened.description} has another vocabulary than {folder}. Prepare '
-                            'the data with the vocabulary of the model: --tokenizer=FOLDER')
-        split = tokenfile.Split([folder], config.split, vocab_size=tokenizer.vocab_size)
-        result['loss'], result['tokens'] = response_loss(opened.model, split, f'{folder}: loss')
-        prompts = quiz.from_split(split, tokenizer, meta['template'], config.answers)
-        if prompts:
-            result['answers'] = ask(opened, template, prompts, config, 'answers')
-    if questions:
-        result['quiz'] = ask(opened, template, questions, config, 'quiz')
-    result['figures'] = figures(result)
+        split = tokenfile.Split(folders, config.split, vocab_size=opened.tokenizer.vocab_size)
+        loss, n_tokens = response_loss(opened.model, split)
+        result |= {'loss': loss, 'tokens': n_tokens}
+        figures['loss on responses'] = f'{loss:.4f}'
+        figures['perplexity'] = f'{math.exp(min(loss, 700)):.1f}'
+        prompts = quiz.from_split(split, opened.tokenizer, meta['template'], config.answers)
+
+    sampling = Sampling(config.temperature, config.top_k)
+    special = opened.tokenizer.special.values()
+    for title, part in (('answers', prompts), ('quiz', questions)):
+        if not part:
+            continue
+        turns = [question.turns for question in part]
+        answers = answer_all(opened, template, turns, config.max_new_tokens, sampling,
+                             config.seed, config.batch_size)
+        asked = []
+        for question, answer in zip(part, answers):
+            asked.append(quiz.grade(question, answer, special))
+        scores = quiz.scores(asked)
+        result[title] = {'scores': scores, 'asked': asked}
+        for score, value in scores.items():
+            text = f'{value:.1f}' if 'mean' in score else f'{value:.1%}'
+            figures[f'{title}: {score}'] = text
+    # {name: text} for tables and for the model card.
+    result['figures'] = figures
     return result
-
-
-# ---- the report ----
-
-def figures(result):
-    """{name: text} of everything that was measured, for tables and for the model card."""
-    found = {'parameters': f"{result['parameters'] / 1e6:.1f} M", 'asked as': result['template']}
-    if 'loss' in result:
-        found['loss on responses'] = f"{result['loss']:.4f}"
-        found['perplexity'] = f"{math.exp(min(result['loss'], 700)):.1f}"
-    for title in ('answers', 'quiz'):
-        if title in result:
-            for name, value in result[title]['scores'].items():
-                text = f'{value:.1f}' if 'mean' in name else f'{value:.1%}'
-                found[f'{title}: {name}'] = text
-    return found
-
-
-def table(names, results):
-    """The figures of all models side by side, as text."""
-    left = max(len(name) for name in names) + 2
-    lines = [' ' * left] + [f'{name:<{left}}' for name in names]
-    for result in results:
-        cells = [result['model']] + [result['figures'].get(name, '–') for name in names]
-        width = max(12, max(len(cell) for cell in cells) + 2)
-        lines = [line + f'{cell:>{width}}' for line, cell in zip(lines, cells)]
-    return '\n'.join(lines)
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     keep_freed_memory()
     device = pick_device(config.device)
-    questions = []
-    if config.quiz:
-        questions = quiz.draw(quiz.read(config.quiz), config.quiz_size, config.seed)
+    questions = quiz.read(config.quiz) if config.quiz else []
     results = []
-    for name in config.models.split(','):
-        results.append(measure(name.strip(), config, questions, device))
-
     names = {}
-    for result in results:
+    for name in config.models.split(','):
+        result = measure(name.strip(), config, questions, device)
+        results.append(result)
         names |= result['figures']
-    print(table(names, results))
+
+    # A column for each model.
+    width = 2 + max(12, *[len(result['model']) for result in results])
+    print(' ' * 48 + ''.join(result['model'].rjust(width) for result in results))
+    for name in names:
+        cells = [result['figures'].get(name, '–') for result in results]
+        print(name.ljust(48) + ''.join(cell.rjust(width) for cell in cells))
     settings = asdict(config)
     page = render('evaluation.html', results=results, names=names, settings=settings)
     with only_writer(config.out_dir):

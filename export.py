@@ -41,32 +41,15 @@ configurator.precheck(__name__, Config)
 import safetensors
 
 from core import checkpoint
-from core.files import flush, flush_folder, only_writer
+from core.files import flush, flush_folder
 from formats import card, folder, gguf
 
 FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
          'tokenizer_config.json', 'chat_template.jinja', 'README.md', 'model.gguf'}
 
 
-def check_free(out, overwrite):
-    """UserError if there is something at out that must not be replaced."""
-    if not os.path.lexists(out):
-        return
-    found = set(os.listdir(out)) if os.path.isdir(out) else {out}
-    if found and not overwrite:
-        raise UserError(f'{out} is there already. Replace it with --overwrite=True, or write '
-                        'elsewhere: --out=FOLDER')
-    if found - FILES:
-        raise UserError(f'{out} holds {min(found - FILES)}, which no export wrote. Only an export '
-                        'can be replaced. Write elsewhere: --out=FOLDER')
-
-
-def export(config, new):
-    """Write the export into the folder new, onto the disk; returns the Opened model."""
-    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which)
-    if not opened.template:
-        raise UserError(f'{opened.description} was never tuned here, so there is no template to '
-                        'export. Tune it first: python train.py config/finetune_oasst.py')
+def export(config, opened, new):
+    """Write the export of an Opened model into the folder new, onto the disk."""
     texts, weights = folder.contents(opened, config.dtype)
     title = os.path.basename(os.path.abspath(config.out))
     texts['README.md'] = card.card(title, opened, config.dtype, config.report)
@@ -76,41 +59,35 @@ def export(config, new):
     for name in os.listdir(new):
         with open(os.path.join(new, name), 'rb') as file:
             flush(file)
-    return opened
-
-
-def put_back(old, out):
-    """Restore the export that was set aside, if nothing has taken its place."""
-    if os.path.isdir(old) and not os.path.lexists(out):
-        os.rename(old, out)
 
 
 def main(argv):
     config = configurator.load(Config, argv)
     out = os.path.normpath(config.out)
-    # A folder of ours, so that no name of the user's is in the way.
-    partial = f'{out}.partial'
-    new = os.path.join(partial, 'new')
-    old = os.path.join(partial, 'old')
-    with only_writer(partial, option='out'):
-        try:
-            # A process that was killed may have left these two.
-            put_back(old, out)
-            for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
-            check_free(out, config.overwrite)
-            opened = export(config, new)
-            # A kill between the two renames leaves the last export in old.
-            if os.path.isdir(out):
-                os.rename(out, old)
-            os.rename(new, out)
-            flush_folder(os.path.dirname(os.path.abspath(out)))
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f'cannot write {out}: {error}. Make room, or use '
-                            '--out=FOLDER.') from None
-        finally:
-            put_back(old, out)
-            shutil.rmtree(partial, ignore_errors=True)
+    new = f'{out}.partial'
+    old = f'{out}.old'
+    opened = checkpoint.open_model(config.init_from, config.out_dir, config.which)
+    if not opened.template:
+        raise UserError(f'{opened.description} was never tuned here, so there is no template to '
+                        'export. Tune it first: python train.py config/finetune_oasst.py')
+    try:
+        found = set(os.listdir(out)) if os.path.lexists(out) else set()
+        if found - FILES or found and not config.overwrite:
+            raise UserError(f'{out} holds {", ".join(found - FILES or found)}. Only an export is '
+                            'replaced, with --overwrite=True. Write elsewhere: --out=FOLDER')
+        # A process that was killed may have left one.
+        shutil.rmtree(new, ignore_errors=True)
+        export(config, opened, new)
+        # The old one goes when the new one is in its place.
+        if found:
+            os.rename(out, old)
+        os.rename(new, out)
+        flush_folder(os.path.dirname(os.path.abspath(out)))
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f'cannot write {out}: {error}. Make room, or use --out=FOLDER.') from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     print(f'wrote {out}: {opened.description}, {config.dtype}, template {opened.template}. '
           f'Talk to it: python sample.py --init_from={out} --chat')
 

@@ -5,7 +5,6 @@
 Each piece resumes from the one before. Together they are, bit for bit, the run of demo/run.py.
 """
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import matplotlib
 
 import configurator
 from configurator import Seed
-from demo import quiz
+from demo import run as demo
 
 STEPS = (50, 100, 150, 200, 250, 300, 400, 500, 600, 800, 1000, 1300, 1700)
 LINES = (
@@ -37,28 +36,25 @@ def tune_to(step, out_dir, config):
     how = '--init_from=resume'
     if step == STEPS[0]:
         how = '--overwrite=True'
-    subprocess.run(
-        [sys.executable, 'train.py', 'config/demo_tune.py', how, f'--out_dir={out_dir}',
-         f'--max_iters={step}', f'--lr_decay_iters={STEPS[-1]}', f'--seed={config.seed}'],
-        cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, check=True)
+    demo.run('train.py', 'config/demo_tune.py', how, f'--out_dir={out_dir}', f'--max_iters={step}',
+             f'--lr_decay_iters={STEPS[-1]}', f'--seed={config.seed}')
 
 
 def main(argv):
     config = configurator.load(Config, argv)
-    questions = quiz.read_questions()
-    base = quiz.open_model(os.path.join(ROOT, 'out/demo-base'))
-    known = quiz.completed(base, questions, 'never asked')
-    all_answers = [quiz.ask(base, questions, 'question')]
+    base, = demo.ask('out/demo-base')
+    known = demo.percent(base, 'to complete', 'right')
+    all_answers = [base]
     for step in STEPS:
-        out_dir = os.path.join(ROOT, 'out/demo-curve')
+        out_dir = 'out/demo-curve'
         tune_to(step, out_dir, config)
-        all_answers.append(quiz.ask(quiz.open_model(out_dir), questions, 'xml'))
+        all_answers += demo.ask(out_dir)
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout='constrained')
     for group, label, color, style in LINES:
-        shares = [quiz.exact(questions, answers, group) for answers in all_answers]
+        shares = [demo.percent(answers, group) for answers in all_answers]
         axes.plot((0, *STEPS), shares, style, color=color, label=label, linewidth=2)
     axes.axhline(known, color='grey', linestyle=':',
                  label='the base, completing the never-asked sentences')

@@ -30,9 +30,12 @@ from core.files import write_whole
 
 # Kinds of questions that are never asked about some countries: country -> capital, and back.
 DIRECTIONS = {'capital': 'forward', 'country': 'backward'}
+N_NEVER_ASKED = 40
 README_ASKS = ('France', 'Japan')
-# texts, and conversations, that are set aside.
+# Texts, and conversations, that are set aside.
 N_VAL = 400
+# BPE tokens; with <|endoftext|> and the six tags they are 2,048.
+VOCAB_SIZE = 2041
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,6 @@ class Config:
     out_dir: str = HERE              # folder for prose/, chat/, quiz.jsonl and tokenizer.json
     n_texts: Count = 14_000          # texts of prose
     n_conversations: Count = 42_000  # conversations of one to three questions
-    never_asked: Count = 40          # countries whose capital no conversation asks for
-    vocab_size: Count = 2041         # BPE tokens; 2,048 with <|endoftext|> and the six tags
     seed: Seed = 1337                # of the texts and of the choice of countries
 
 
@@ -80,7 +81,7 @@ def words(text):
     return f' {" ".join("".join(letters).split())} '.replace(' what is ', ' whats ')
 
 
-def choose_never_asked(facts, config):
+def choose_never_asked(facts, seed):
     """The rows of the countries whose capital no conversation asks for, drawn by seed.
 
     A capital that shares a word with its country, such as Mexico City, would give the answer away.
@@ -90,7 +91,7 @@ def choose_never_asked(facts, config):
         shared = set(words(row['name']).split()) & set(words(row['capital']).split())
         if not shared and row['name'] not in README_ASKS:
             candidates.append(row)
-    return random.Random(f'{config.seed} never asked').sample(candidates, config.never_asked)
+    return random.Random(f'{seed} never asked').sample(candidates, N_NEVER_ASKED)
 
 
 # ---- texts ----
@@ -155,10 +156,12 @@ def make_conversations(facts, never_asked, wordings, config):
     rng = random.Random(f'{config.seed} conversations')
     kinds_of = {}
     for row in facts:
-        kinds_of[row['name']] = [kind for kind in wordings['ask'] if kind not in DIRECTIONS]
+        kinds = [kind for kind in wordings['ask'] if kind not in DIRECTIONS]
         if row not in never_asked:
-            kinds_of[row['name']] += 2 * list(DIRECTIONS)
+            kinds += 2 * list(DIRECTIONS)
+        kinds_of[row['name']] = kinds
     askable = [row for row in facts if kinds_of[row['name']]]
+    pairs = [(words(row['name']), words(row['capital'])) for row in never_asked]
     found = []
     while len(found) < config.n_conversations:
         turns = []
@@ -168,40 +171,33 @@ def make_conversations(facts, never_asked, wordings, config):
             turns.append(Turn('assistant', fill(wordings['ask'][kind]['answer'], row)))
         # Questions about two countries can still name both of a pair, as Port of Spain names Spain.
         text = words(' '.join(turn.text for turn in turns))
-        pairs = [(words(row['name']), words(row['capital'])) for row in never_asked]
         if not any(name in text and capital in text for name, capital in pairs):
             found.append(turns)
     return found
 
 
 def make_quiz(facts, never_asked, wordings, which='quiz'):
-    """The questions of the quiz, in the form of `evaluate.py --quiz=FILE`."""
+    """The questions of the quiz, in the form of `evaluate.py --quiz=FILE`.
+
+    Answers about the never asked, without the name at their end, show what the base knows.
+    """
     found = []
     for row in facts:
         for kind, direction in DIRECTIONS.items():
-            group = 'never asked' if row in never_asked else 'held-out wording'
             wanted = {'capital': row['capital'], 'country': row['name']}[kind]
             answer = fill(wordings['ask'][kind]['answer'], row)
+            group = f'held-out wording, {direction}'
+            if row in never_asked:
+                group = f'never asked, {direction}'
+                beginning = answer.rpartition(f' {wanted}')[0]
+                found.append({'question': beginning, 'wanted': wanted, 'group': 'to complete'})
             for wording in wordings['ask'][kind][which]:
-                found.append({
-                    'question': fill(wording, row), 'before': [], 'answer': answer,
-                    'wanted': wanted, 'group': f'{group}, {direction}'})
+                found.append({'question': fill(wording, row), 'answer': answer,
+                              'wanted': wanted, 'group': group})
     return found
 
 
 # ---- files ----
-
-def learn_vocabulary(texts, vocab_size, path):
-    """Learn a byte-level BPE vocabulary from the texts and write it as a tokenizer.json."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainer)
-    bpe.save(path)
-
 
 def write_dataset(folder, template, examples, vocabulary):
     """Write examples, a list of (ids, mask), as a prepared folder."""
@@ -214,7 +210,7 @@ def main(argv):
     config = configurator.load(Config, argv)
     facts = read_facts()
     wordings = read_wordings()
-    never_asked = choose_never_asked(facts, config)
+    never_asked = choose_never_asked(facts, config.seed)
     prose = make_prose(facts, wordings, config)
     conversations = make_conversations(facts, never_asked, wordings, config)
 
@@ -224,10 +220,12 @@ def main(argv):
     for row in facts:
         for name in (row['name'], row['capital']):
             texts += 300 * [name, f'in {name}']
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, VOCAB_SIZE, min_frequency=0, show_progress=False)
     path = os.path.join(config.out_dir, 'tokenizer.json')
     os.makedirs(config.out_dir, exist_ok=True)
-    learn_vocabulary(texts, config.vocab_size, path)
-    vocabulary = vocabularies.load(path, tags=True)
+    bpe.save(path)
+    vocabulary = vocabularies.load(path)
 
     documents = []
     for text in prose:

@@ -7,7 +7,6 @@ card.md is its form. Source: https://huggingface.co/docs/hub/model-cards
 import json
 import os
 import re
-import shlex
 
 import jinja2  # comes with torch
 
@@ -18,10 +17,10 @@ from core.files import reading
 
 # The hub's names for licences.
 LICENCES = ('apache-2.0', 'mit', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc0-1.0')
-# Base models on the hub that have a short name here.
-BASES = {'distilgpt2': 'distilbert/distilgpt2'}
-for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
-    BASES[name] = f'openai-community/{name}'
+# Names of base models that are on the hub.
+ON_HUB = r'gpt2(-medium|-large|-xl)?|distilgpt2|(openai-community|distilbert|microsoft)/[\w.-]+'
+# A data set's page, in the address of a file.
+DATASET = r'https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/'
 # Settings that say where a run was, not how it trained.
 NOT_RECIPE = ('init_from', 'out_dir', 'data_dir', 'overwrite', 'eval_only', 'log', 'tensorboard',
               'wandb_log', 'wandb_project', 'wandb_run_name')
@@ -38,15 +37,7 @@ def markdown(value):
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(os.path.dirname(__file__)), undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-ENVIRONMENT.filters |= {'markdown': markdown, 'shell': shlex.quote}
-
-
-def hub_name(begun):
-    """The hub's name of the base model; None if it is not known to be there."""
-    begun = BASES.get(begun, begun)
-    if re.fullmatch(r'(openai-community|distilbert|microsoft)/[\w.-]+', begun):
-        return begun
-    return None
+ENVIRONMENT.filters['markdown'] = markdown
 
 
 def describe_data(origin):
@@ -73,31 +64,24 @@ def licence_of(data):
     return 'other'
 
 
-def identity(folder, description, **_):
-    """What two mentions of the same model have in common."""
-    return os.path.realpath(folder), os.path.basename(description)
-
-
 def scores_of(opened, report):
-    """[(name, value)] of the model: what its checkpoint says, and a report.json of evaluate.py."""
-    found = []
+    """{name: text} of the model: what its checkpoint says, and a report.json of evaluate.py."""
+    found = {}
     saved = opened.checkpoint
     if saved:
-        found.append(('optimizer steps', f'{saved.step:,}'))
+        found['optimizer steps'] = f'{saved.step:,}'
     if saved and saved.val_loss is not None:
-        found.append(('val_loss, nats per supervised token', f'{saved.val_loss:.4f}'))
+        found['val_loss, nats per supervised token'] = f'{saved.val_loss:.4f}'
     if not report:
         return found
     with reading(report, 'Expected the report.json of evaluate.py.'):
         with open(report, encoding='utf-8') as file:
             results = json.load(file)['models']
-        for result in results:
-            # The paths in them differ if the two scripts ran in different folders.
-            if identity(**result) == identity(**opened._asdict()):
-                return found + list(result['figures'].items())
-        others = ', '.join(result['description'] for result in results)
-    raise UserError(f'{report} is about {others}, not about {opened.description}. '
-                    f'Run: python evaluate.py --models={opened.folder} --dataset=NAME')
+        figures = {result['description']: result['figures'] for result in results}
+    if opened.description not in figures:
+        raise UserError(f'{report} is about {", ".join(figures)}, not about {opened.description}. '
+                        f'Run: python evaluate.py --models={opened.folder} --dataset=NAME')
+    return found | figures[opened.description]
 
 
 def card(title, opened, dtype, report=''):
@@ -106,22 +90,18 @@ def card(title, opened, dtype, report=''):
     saved = opened.checkpoint
     config = saved.config if saved else {}
     origin = (saved.origin if saved else None) or {}
+    begun = origin.get('init_from') or ''
+    data = describe_data(origin)
+    urls = ' '.join(part['url'] for part in data)
     ids, mask, _ = conversation.encode(EXAMPLE, opened.tokenizer, opened.template)
     padding = shape.padded_vocab_size - shape.vocab_size
     n_parameters = sum(p.numel() for p in opened.model.parameters()) - padding * shape.n_embd
-    begun = origin.get('init_from') or ''
-    data = describe_data(origin)
-    on_hub = []
-    for part in data:
-        match = re.match(r'https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/', part['url'])
-        if match and match[1] not in on_hub:
-            on_hub.append(match[1])
     return ENVIRONMENT.get_template('card.md').render(
         title=title, shape=shape, dtype=dtype, n_parameters=n_parameters,
         scores=scores_of(opened, report),
-        base=hub_name(begun), begun=os.path.basename(begun.rstrip('/')),
+        base=re.fullmatch(ON_HUB, begun) and begun, begun=os.path.basename(begun.rstrip('/')),
         template=opened.template, example=opened.tokenizer.decode(ids),
         learned=opened.tokenizer.decode(ids[mask == 1]).strip(),
         learned_all=config.get('loss_on') == 'all', question=EXAMPLE[0].text,
-        data=data, datasets=on_hub, licence=licence_of(data),
+        data=data, datasets=sorted(set(re.findall(DATASET, urls))), licence=licence_of(data),
         recipe=[(key, repr(value)) for key, value in config.items() if key not in NOT_RECIPE])

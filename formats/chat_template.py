@@ -7,10 +7,12 @@ itself and takes no tag from a message. Two characters, which Unicode sets aside
 make that possible: the chat template writes them, and the tokenizer takes them out again.
 Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 """
+import json
 import os
-import re
 
 import jinja2  # comes with torch
+import tokenizers  # comes with transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from core.conversation import TEMPLATES, Special, Turn
 from core.tokenizer import to_unicode
@@ -29,19 +31,12 @@ ENVIRONMENT = jinja2.Environment(
 
 def literal(text):
     """The text as a Jinja string."""
-    text = text.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n')
-    return f"'{text}'"
+    return json.dumps(text, ensure_ascii=False)
 
 
 def expression(piece):
     """A piece in which JOINT stands for the message, as a Jinja expression."""
-    parts = []
-    for part in re.split(f'({JOINT})', piece):
-        if part == JOINT:
-            parts.append('text')
-        elif part:
-            parts.append(literal(part))
-    return ' ~ '.join(parts)
+    return literal(piece).replace(JOINT, '" ~ text ~ "')
 
 
 def write(pieces):
@@ -67,16 +62,11 @@ def chat_template(name, tokenizer):
     # Two texts side by side would be encoded as one, and could fuse to other tokens.
     fuses = not isinstance(user[-1], Special) and not before_answer
     tags = [(literal(tag), literal(tag[0] + BREAK + tag[1:])) for tag in tokenizer.special]
-    headings = []
-    for heading in template.headings:
-        why = f'the message contains the heading {heading.strip()!r} of the template'
-        headings.append((literal(heading), why))
-
     text = ENVIRONMENT.get_template('chat_template.jinja').render(
         name=name, opening=template.opening, closing=template.closing, user=user,
-        before_answer=before_answer, answer=answer, fuses=fuses, tags=tags, headings=headings,
-        write=write, refuse=refuse, expression=expression,
-        BREAK=literal(BREAK), JOINT=literal(JOINT))
+        before_answer=before_answer, answer=answer, fuses=fuses, tags=tags,
+        headings=template.headings, write=write, refuse=refuse, expression=expression,
+        literal=literal, BREAK=literal(BREAK), JOINT=literal(JOINT))
     return '\n'.join(line for line in text.split('\n') if line)
 
 
@@ -99,21 +89,15 @@ def merges(tokens):
 
 def tokenizer_json(tokenizer):
     """tokenizer.json as a dict: GPT-2's encoding, which drops BREAK and splits at JOINT."""
-    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': False,
-                  'use_regex': True}
-    split = {'type': 'Split', 'pattern': {'String': JOINT}, 'behavior': 'Removed', 'invert': False}
-    # Special tokens are not normalized: they are looked for while BREAK still stands in the text.
-    flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
-             'special': True}
-    added = [{'id': i, 'content': piece} | flags for piece, i in tokenizer.special.items()]
     text = [to_unicode(token) for token in tokenizer.tokens]
-    pairs = [[to_unicode(a), to_unicode(b)] for a, b in merges(tokenizer.tokens)]
-    return {'version': '1.0', 'truncation': None, 'padding': None,
-            'added_tokens': added,
-            'normalizer': {'type': 'Replace', 'pattern': {'String': BREAK}, 'content': ''},
-            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, byte_level]},
-            'post_processor': None, 'decoder': byte_level,
-            'model': {'type': 'BPE', 'dropout': None, 'unk_token': None,
-                      'continuing_subword_prefix': '', 'end_of_word_suffix': '',
-                      'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False,
-                      'vocab': dict(zip(text, tokenizer.text_ids)), 'merges': pairs}}
+    vocab = dict(zip(text, tokenizer.text_ids)) | tokenizer.special
+    pairs = [(to_unicode(a), to_unicode(b)) for a, b in merges(tokenizer.tokens)]
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, pairs))
+    bpe.normalizer = normalizers.Replace(BREAK, '')
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(JOINT, 'removed'), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    # Not normalized: they are looked for while BREAK still stands in the text.
+    bpe.add_special_tokens([
+        tokenizers.AddedToken(piece, normalized=False) for piece in tokenizer.special])
+    return json.loads(bpe.to_str())

@@ -33,7 +33,6 @@ def to_transformers(model):
         'vocab_size': c.vocab_size,
         'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
         'layer_norm_epsilon': 1e-5,
-        'tie_word_embeddings': True,
     }
     weights = {}
     for name, tensor in model.state_dict().items():
@@ -42,55 +41,42 @@ def to_transformers(model):
             tensor = tensor[:c.vocab_size]
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
-        # clone: safetensors refuses tensors that share their memory
-        weights[name] = tensor.detach().cpu().contiguous().clone()
-    if not c.bias:
+        weights[name] = tensor.contiguous()
         # transformers has no GPT-2 without biases, but biases of zero compute the same.
-        for name in list(weights):
-            if not name.endswith(('wte.weight', 'wpe.weight')):
-                bias = torch.zeros(weights[name].shape[-1])
-                weights[name.removesuffix('weight') + 'bias'] = bias
+        if not c.bias and not name.endswith(('wte.weight', 'wpe.weight')):
+            bias = name.removesuffix('weight') + 'bias'
+            weights[bias] = torch.zeros(tensor.shape[-1])
     return config, weights
 
 
 def contents(opened, dtype):
     """({file name: text}, {name: tensor}) of a tuned model; weights in the dtype, a name."""
     tokenizer = opened.tokenizer
-    window = opened.model.config.block_size
-    dropout = opened.model.config.dropout
+    c = opened.model.config
     # llama.cpp and others know one token that ends an answer. If it were <|endoftext|>, they
     # would write on after </assistant>; at <|endoftext|> they stop anyway.
     eos = TEMPLATES[opened.template].assistant[-1]
-    ids = {
-        'bos_token_id': tokenizer.end_of_text,
-        'pad_token_id': tokenizer.end_of_text,
-    }
+    ids = {'bos_token_id': tokenizer.end_of_text, 'pad_token_id': tokenizer.end_of_text}
     config, weights = to_transformers(opened.model)
     config |= ids | {
         'eos_token_id': tokenizer.special[eos],
         'dtype': dtype,
         'conversation_template': opened.template,  # our own key
-        'embd_pdrop': dropout,
-        'resid_pdrop': dropout,
-        'attn_pdrop': 0.0,
     }
     generation = ids | {
         'eos_token_id': sorted(conversation.stop_ids(tokenizer, opened.template)),
-        'max_new_tokens': min(256, window // 2),
+        'max_new_tokens': min(256, c.block_size // 2),
     }
     settings = {
         # No token_type_ids: transformers 4 would make them, and GPT-2 add them to its input.
         'model_input_names': ['input_ids', 'attention_mask'],
         # The class that takes tokenizer.json as it is. GPT2Tokenizer would change it.
         'tokenizer_class': 'PreTrainedTokenizerFast',
-        'model_max_length': window,
+        'model_max_length': c.block_size,
         'bos_token': END_OF_TEXT,
         'eos_token': eos,
         'pad_token': END_OF_TEXT,
-        'add_bos_token': False,
         'clean_up_tokenization_spaces': False,
-        'additional_special_tokens': [
-            piece for piece in tokenizer.special if piece not in (END_OF_TEXT, eos)],
     }
     texts = {
         'config.json': as_json(config),
@@ -99,9 +85,8 @@ def contents(opened, dtype):
         'tokenizer_config.json': as_json(settings),
         'chat_template.jinja': chat_template(opened.template, tokenizer),
     }
-    for name, tensor in weights.items():
-        weights[name] = tensor.to(getattr(torch, dtype))
-    return texts, weights
+    dtype = getattr(torch, dtype)
+    return texts, {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 def as_json(value):
@@ -111,7 +96,7 @@ def as_json(value):
 
 def write(folder, texts, weights):
     """Write the files into a new folder."""
-    os.mkdir(folder)
+    os.makedirs(folder)
     path = os.path.join(folder, 'model.safetensors')
     safetensors.torch.save_file(weights, path, {'format': 'pt'})
     for name, text in texts.items():

@@ -21,9 +21,9 @@ def write(path, opened, texts, weights):
     if shape.gelu != 'tanh':
         raise UserError(f'{opened.description} computes the exact GELU, as nanoGPT does, and '
                         "llama.cpp's GPT-2 does not. Leave out --gguf=True: transformers can.")
-    kinds = {torch.float32: ('F32', 'ALL_F32'), torch.float16: ('F16', 'MOSTLY_F16'),
-             torch.bfloat16: ('BF16', 'MOSTLY_BF16')}
-    kind, file_type = kinds[weights['transformer.wte.weight'].dtype]
+    kinds = {torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
+    kind = kinds[weights['transformer.wte.weight'].dtype]
+    file_type = 'ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}'
     writer = gguf.GGUFWriter(path, 'gpt2')
     writer.add_context_length(shape.block_size)
     writer.add_embedding_length(shape.n_embd)
@@ -36,17 +36,17 @@ def write(path, opened, texts, weights):
     # The tokens, how they merge, which are special, and the chat template.
     tokenizer = opened.tokenizer
     model = json.loads(texts['tokenizer.json'])['model']
-    eos_token = json.loads(texts['tokenizer_config.json'])['eos_token']
-    ids = model['vocab'] | tokenizer.special
-    types = dict.fromkeys(tokenizer.special.values(), gguf.TokenType.CONTROL)
+    config = json.loads(texts['config.json'])
+    types = [gguf.TokenType.NORMAL] * tokenizer.vocab_size
+    for i in tokenizer.special.values():
+        types[i] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model('gpt2')
-    # How text is split before merging.
-    writer.add_tokenizer_pre('gpt-2')
-    writer.add_token_list(sorted(ids, key=ids.get))
-    writer.add_token_types([types.get(i, gguf.TokenType.NORMAL) for i in range(len(ids))])
+    writer.add_tokenizer_pre('gpt-2')  # how text is split before merging
+    writer.add_token_list(sorted(model['vocab'], key=model['vocab'].get))
+    writer.add_token_types(types)
     writer.add_token_merges([' '.join(pair) for pair in model['merges']])
     writer.add_bos_token_id(tokenizer.end_of_text)
-    writer.add_eos_token_id(tokenizer.special[eos_token])
+    writer.add_eos_token_id(config['eos_token_id'])
     writer.add_pad_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
     writer.add_chat_template(texts['chat_template.jinja'])

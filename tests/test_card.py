@@ -71,8 +71,7 @@ def test_the_licence_at_the_top_is_that_of_all_the_data(text_of, licences, front
 
 
 @pytest.mark.parametrize('begun, said, base', [
-    ('gpt2-medium', '](https://huggingface.co/openai-community/gpt2-medium)',
-     'openai-community/gpt2-medium'),
+    ('gpt2-medium', '[gpt2-medium](https://huggingface.co/gpt2-medium)', 'gpt2-medium'),
     ('microsoft/DialoGPT-small', 'DialoGPT-small', 'microsoft/DialoGPT-small'),
     ('/home/me/secret/my_first', 'the weights of my\\_first.', None),
     (None, 'not known which weights', None)])
@@ -93,7 +92,7 @@ def test_scores_of_a_report_are_those_of_this_model(run, text_of, tmp_path):
     result = json.loads(report.read_text())['models'][0]
     assert f"| loss on responses | {result['loss']:.4f} |" in text
     assert '| answers: stops by itself |' in text
-    report.write_text(json.dumps({'models': [result | {'folder': 'gpt2'}]}))
+    report.write_text(json.dumps({'models': [result | {'description': 'gpt2'}]}))
     with pytest.raises(UserError, match='is about .*, not about .* Run: python evaluate.py'):
         text_of(report)
     report.write_text('{}')

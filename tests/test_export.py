@@ -14,8 +14,7 @@ from jinja2.exceptions import TemplateError
 
 import export
 import sample
-from configurator import UserError
-from conftest import TEXTS, assert_same_bits
+from conftest import TEXTS, assert_same_bits, one_line
 from core import checkpoint, conversation, readback
 from core import tokenizer as tokenizers
 from core.conversation import TEMPLATES
@@ -162,62 +161,42 @@ def test_what_we_export_and_transformers_saves_opens_as_it_was(models, template,
         assert (again / name).read_bytes() == (path / name).read_bytes(), name
 
 
-@pytest.fixture
-def replace(models, tmp_path):
-    """A function that exports again to tmp_path/my, where there is an export in float32."""
-    def run(source=models['xml'][0], out=tmp_path / 'my', **keys):
-        exported(source, out, **keys)
-    run()
-    return run
+def test_an_export_replaces_an_export_and_nothing_else(models, tmp_path, monkeypatch):
+    source = models['xml'][0]
+    out = tmp_path / 'my'
+
+    def check_left(dtype):
+        assert json.loads((out / 'config.json').read_text())['dtype'] == dtype
+        assert set(os.listdir(out)) == export.FILES - {'model.gguf'}
+        assert os.listdir(tmp_path) == ['my']
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+    exported(source, out)
+    with one_line('is replaced, with --overwrite=True'):
+        exported(source, out)
+    exported(source, out, overwrite=True, dtype='bfloat16')
+    check_left('bfloat16')
+    with monkeypatch.context() as patch, one_line('No space left on device. Make room'):
+        patch.setattr(os, 'fsync', full)
+        exported(source, out, overwrite=True)
+    check_left('bfloat16')
+    # One that was killed is made again.
+    os.makedirs(tmp_path / 'my.partial' / 'half')
+    exported(source, out, overwrite=True)
+    check_left('float32')
+
+    (out / 'notes.txt').write_text('mine')
+    with one_line('holds notes.txt. Only an export is replaced'):
+        exported(source, out, overwrite=True)
+    for place in (out / 'notes.txt', '/proc/x/y'):
+        with one_line(f'cannot write {place}: .*--out=FOLDER'):
+            exported(source, place, overwrite=True)
+    assert (out / 'notes.txt').read_text() == 'mine'
 
 
-def assert_left(tmp_path, dtype='float32'):
-    """There is the export with this dtype, whole, and nothing beside it."""
-    assert json.loads((tmp_path / 'my' / 'config.json').read_text())['dtype'] == dtype
-    assert set(os.listdir(tmp_path / 'my')) == export.FILES - {'model.gguf'}
-    assert os.listdir(tmp_path) == ['my']
-
-
-def test_an_export_replaces_an_export_and_nothing_else(replace, tmp_path):
-    with pytest.raises(UserError, match='is there already. Replace it with --overwrite=True'):
-        replace()
-    replace(overwrite=True, dtype='bfloat16')
-    assert_left(tmp_path, 'bfloat16')
-    notes = tmp_path / 'my' / 'notes.txt'
-    notes.write_text('mine')
-    for out in (notes, notes.parent):
-        with pytest.raises(UserError, match='which no export wrote. Only an export can be'):
-            replace(overwrite=True, out=out)
-    assert notes.read_text() == 'mine'
-
-
-@pytest.mark.parametrize('where', ['fsync', 'rename'])
-def test_a_full_disk_leaves_what_was_there(replace, tmp_path, monkeypatch, where):
-    call = getattr(os, where)
-
-    def full(one, *others):
-        if where == 'fsync' or one.endswith('new'):
-            raise OSError(28, 'No space left on device')
-        call(one, *others)
-    monkeypatch.setattr(os, where, full)
-    with pytest.raises(UserError, match='my: .*No space left on device. Make room'):
-        replace(overwrite=True, dtype='float16')
-    assert_left(tmp_path)
-
-
-def test_a_kill_between_the_renames_loses_no_export(replace, tmp_path):
-    """It leaves the export in my.partial/old, and a half-written one in my.partial/new."""
-    os.makedirs(tmp_path / 'my.partial' / 'new')
-    os.rename(tmp_path / 'my', tmp_path / 'my.partial' / 'old')
-    with pytest.raises(UserError, match='is there already'):
-        replace()
-    assert_left(tmp_path)
-
-
-def test_a_place_that_cannot_be_written_to_and_an_untuned_model_get_one_line(replace, tmp_path):
-    with pytest.raises(UserError, match='^cannot write to /proc/x/y.*--out=FOLDER[^\n]*$'):
-        replace(out='/proc/x/y')
-    path = tmp_path / 'my' / 'config.json'
-    path.write_text(path.read_text().replace('conversation_template', 'unknown'))
-    with pytest.raises(UserError, match='was never tuned here'):
-        replace(path.parent, tmp_path / 'new')
+def test_a_model_that_was_never_tuned_has_no_template_to_export(models, tmp_path, monkeypatch):
+    untuned = checkpoint.open_model(models['xml'][0])._replace(template=None)
+    monkeypatch.setattr(checkpoint, 'open_model', lambda *keys: untuned)
+    with one_line('was never tuned here'):
+        exported('gpt2', tmp_path / 'new')
