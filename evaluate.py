@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import configurator
-from configurator import Count, Natural, NonNegative, Seed
+from configurator import Count, Natural
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,8 @@ class Config:
     split: Literal['train', 'val', 'test'] = 'val'  # of the data set
     answers: Natural = 20        # how many prompts of the data set to answer
     quiz: str = ''               # a JSONL file of questions
-    # how to answer
+    # how to answer: each token is the likeliest, so that the report is the same each time
     max_new_tokens: Count = 128  # the longest answer
-    temperature: NonNegative = 0.0  # 0 always takes the likeliest token
-    top_k: Natural = 200         # else keep the k most likely tokens; 0 keeps all
-    seed: Seed = 1337            # the same seed gives the same report
     batch_size: Count = 32       # prompts answered together
     # where
     out_dir: str = 'out/report'  # for report.json and report.html
@@ -58,8 +55,6 @@ from core.rows import Rows
 from formats import quiz
 from formats.page import render
 
-GREEDY = Sampling(temperature=0)
-
 
 class Answer(NamedTuple):
     """What a model wrote: the text, its ids without the one that ended it, and whether one did."""
@@ -68,12 +63,11 @@ class Answer(NamedTuple):
     stopped: bool
 
 
-def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, seed=1337,
-               batch_size=128):
+def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
     """The Answers of a model to `questions`, a list of lists of turns, in their order.
 
-    Prompts of similar length are answered together; a greedy answer is what it would be alone.
-    Too long a prompt loses its oldest tokens.
+    Prompts of similar length are answered together; an answer is what it would be alone. Too long
+    a prompt loses its oldest tokens.
     """
     # As in a chat, at least half of the window belongs to the prompt.
     window = opened.model.config.block_size
@@ -84,14 +78,14 @@ def answer_all(opened, template, questions, max_new_tokens=64, sampling=GREEDY, 
             prompt = conversation.prompt(turns, opened.tokenizer, template)
         prompts.append(prompt[-room:])
 
+    greedy = Sampling(temperature=0)
     stops = conversation.stop_ids(opened.tokenizer, template)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start:start + batch_size]
         batch = [prompts[i] for i in group]
-        steps = generate(opened.model, batch, max_new_tokens, sampling, seed=seed + start,
-                         stops=stops)
+        steps = generate(opened.model, batch, max_new_tokens, greedy, stops=stops)
         left = f'{opened.description}: {len(order) - start} answers left'
         for tokens in Bar(steps, left, max_new_tokens):
             for i, token in zip(group, tokens):
@@ -120,7 +114,6 @@ def response_loss(model, split):
 
 def measure(name, config, questions, device):
     """Everything that the report says about one model, as a dict of plain values."""
-    # The template of a model that was never tuned.
     template = 'question'
     vocabulary = None
     if config.dataset:
@@ -130,8 +123,9 @@ def measure(name, config, questions, device):
         vocabulary = tokenizers.from_state(meta['tokenizer'] | {'tags': tags})
         if not tags:
             template = meta['template']
-    # It must have the vocabulary of the data, and gets its tags.
+    # The model must have the vocabulary of the data, and gets its tags.
     opened = checkpoint.open_model(name, which=config.which, vocabulary=vocabulary)
+    # Else it was never tuned.
     template = opened.template or template
     n_parameters = sum(p.numel() for p in opened.model.parameters())
     result = {'model': name, 'description': opened.description}
@@ -147,20 +141,15 @@ def measure(name, config, questions, device):
         figures['perplexity'] = f'{math.exp(min(loss, 700)):.1f}'
         prompts = quiz.from_split(split, opened.tokenizer, meta['template'], config.answers)
 
-    sampling = Sampling(config.temperature, config.top_k)
-    special = opened.tokenizer.special.values()
     for title, part in (('answers', prompts), ('quiz', questions)):
         if not part:
             continue
         turns = [question.turns for question in part]
-        answers = answer_all(opened, template, turns, config.max_new_tokens, sampling,
-                             config.seed, config.batch_size)
-        asked = []
-        for question, answer in zip(part, answers):
-            asked.append(quiz.grade(question, answer, special))
-        scores = quiz.scores(asked)
-        result[title] = {'scores': scores, 'asked': asked}
-        for score, value in scores.items():
+        answers = answer_all(opened, template, turns, config.max_new_tokens,
+                             config.batch_size)
+        asked = [quiz.grade(*pair) for pair in zip(part, answers)]
+        result[title] = {'scores': quiz.scores(asked), 'asked': asked}
+        for score, value in result[title]['scores'].items():
             text = f'{value:.1f}' if 'mean' in score else f'{value:.1%}'
             figures[f'{title}: {score}'] = text
     # {name: text} for tables and for the model card.

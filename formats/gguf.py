@@ -4,8 +4,6 @@
 """
 import json
 
-import torch
-
 from configurator import UserError
 from core.pretrained import TRANSPOSED
 
@@ -21,8 +19,8 @@ def write(path, opened, texts, weights):
     if shape.gelu != 'tanh':
         raise UserError(f'{opened.description} computes the exact GELU, as nanoGPT does, and '
                         "llama.cpp's GPT-2 does not. Leave out --gguf=True: transformers can.")
-    kinds = {torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
-    kind = kinds[weights['transformer.wte.weight'].dtype]
+    config = json.loads(texts['config.json'])
+    kind = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}[config['dtype']]
     file_type = 'ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}'
     writer = gguf.GGUFWriter(path, 'gpt2')
     writer.add_context_length(shape.block_size)
@@ -36,7 +34,6 @@ def write(path, opened, texts, weights):
     # The tokens, how they merge, which are special, and the chat template.
     tokenizer = opened.tokenizer
     model = json.loads(texts['tokenizer.json'])['model']
-    config = json.loads(texts['config.json'])
     types = [gguf.TokenType.NORMAL] * tokenizer.vocab_size
     for i in tokenizer.special.values():
         types[i] = gguf.TokenType.CONTROL
@@ -59,8 +56,8 @@ def write(path, opened, texts, weights):
         # llama.cpp wants whatever it adds in float32.
         adds = tensor.ndim == 1 or 'wpe' in name
         type_ = gguf.GGMLQuantizationType['F32' if adds else kind]
-        writer.add_tensor(names.get_name(name, ('.weight', '.bias')), gguf.quantize(values, type_),
-                          raw_dtype=type_)
+        name = names.get_name(name, ('.weight', '.bias'))
+        writer.add_tensor(name, gguf.quantize(values, type_), raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

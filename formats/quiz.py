@@ -85,8 +85,8 @@ def is_right(text, wanted):
     return words(wanted) in words(sentence)
 
 
-def grade(question, answer, special):
-    """What the report says about an answer, as a dict. special: ids that no answer should hold."""
+def grade(question, answer):
+    """What the report says about an answer, as a dict."""
     grams = list(zip(answer.ids, answer.ids[1:], answer.ids[2:], answer.ids[3:]))
     found = {
         'prompt': [f'{turn.text}\n\n{turn.context}'.strip() for turn in question.turns],
@@ -97,7 +97,6 @@ def grade(question, answer, special):
         'mean length in tokens': len(answer.ids),
         # The share of the 4-grams that came before.
         'repeated 4-grams': (len(grams) - len(set(grams))) / max(1, len(grams)),
-        'no stray tags': not set(special) & set(answer.ids),
     }
     if question.wanted:
         found['right'] = is_right(answer.text, question.wanted)
@@ -109,7 +108,7 @@ def grade(question, answer, special):
 def scores(graded):
     """{name: mean} of what `grade` found; the group `all` is all questions together."""
     found = {}
-    for key in ('stops by itself', 'mean length in tokens', 'repeated 4-grams', 'no stray tags'):
+    for key in ('stops by itself', 'mean length in tokens', 'repeated 4-grams'):
         found[key] = float(np.mean([one[key] for one in graded]))
     # In the order in which the groups come in the file.
     for group in dict.fromkeys(['all'] + [one['group'] for one in graded]):

@@ -1,4 +1,4 @@
-"""Scores and the report: what is right, same seed same report, a page that needs nothing else."""
+"""Scores and the report: what is right, and a page that needs nothing else."""
 import json
 import math
 import re
@@ -61,14 +61,13 @@ def test_right_is_the_name_in_the_first_sentence_and_not_in_a_ramble(text, wante
 
 
 def test_scores_go_by_group():
-    stray = BYTES.special['<user>']
     questions = [Question([], 'Paris.', 'Paris', 'a'), Question([], 'Tokyo.', '', 'a'),
                  Question([], '', 'Rome', 'b'), Question([], 'Oslo.', 'Oslo', '')]
-    answers = [Answer('Paris.', [1, 2, 3, 4] * 3, True), Answer('Tokyo.', [1, stray], False),
+    answers = [Answer('Paris.', [1, 2, 3, 4] * 3, True), Answer('Tokyo.', [1, 300], False),
                Answer('Rome!', [], True), Answer('In Oslo.', [1, 2], True)]
-    graded = [quiz.grade(*pair, {stray}) for pair in zip(questions, answers)]
+    graded = [quiz.grade(*pair) for pair in zip(questions, answers)]
     assert quiz.scores(graded) == {
-        'stops by itself': 3 / 4, 'mean length in tokens': 4.0, 'no stray tags': 3 / 4,
+        'stops by itself': 3 / 4, 'mean length in tokens': 4.0,
         'repeated 4-grams': pytest.approx(5 / 9 / 4),  # 5 of the first answer's 9 came before
         'right, all (3)': 1.0, 'exact, all (3)': pytest.approx(1 / 3),
         'right, a (1)': 1.0, 'exact, a (2)': 0.5, 'right, b (1)': 1.0}
@@ -95,10 +94,10 @@ def test_answers_do_not_depend_on_the_batch(model):
     assert len(together[-1].ids) == 129  # as many as the window had left, and the last prediction
 
 
-def test_the_same_seed_gives_the_same_report_and_page(run, model, save_model, tmp_path):
+def test_report_and_page_are_the_same_each_time(run, model, save_model, tmp_path):
     """The second model has no tags: it is asked in its own template."""
     plain = save_model(tmp_path / 'two', BYTES.with_tags(False), 'plain', block_size=256)
-    keys = {'dataset': 'small', 'quiz': tmp_path / 'quiz.jsonl', 'temperature': 0.8}
+    keys = {'dataset': 'small', 'quiz': tmp_path / 'quiz.jsonl'}
     results, page = run(model, plain, **keys)
     assert (results, page) == run(model, plain, **keys)
     for found, folder, template in zip(results, (model, plain), ('xml', 'plain'), strict=True):
