@@ -129,7 +129,7 @@ def measure(name, config, questions, device):
     template = opened.template or template
     n_parameters = sum(p.numel() for p in opened.model.parameters())
     result = {'model': name, 'description': opened.description}
-    figures = {'parameters': f'{n_parameters / 1e6:.1f} M', 'asked as': template}
+    figures = {'parameters': f'{n_parameters:,}', 'asked as': template}
     prepare(opened.model, device, config.dtype)
 
     prompts = []

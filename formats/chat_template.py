@@ -27,8 +27,6 @@ ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(os.path.dirname(__file__)), undefined=jinja2.StrictUndefined)
 
 
-# ---- the template ----
-
 def literal(text):
     """The text as a Jinja string."""
     return json.dumps(text, ensure_ascii=False)
@@ -69,8 +67,6 @@ def chat_template(name, tokenizer):
         literal=literal, BREAK=literal(BREAK), JOINT=literal(JOINT))
     return '\n'.join(line for line in text.split('\n') if line)
 
-
-# ---- the vocabulary ----
 
 def merges(tokens):
     """The pairs of tokens that merge into each of the tokens after the 256 bytes, in order."""

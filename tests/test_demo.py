@@ -1,4 +1,6 @@
 """The demo's data: true to its facts, and nothing held out is learned."""
+from collections import Counter
+
 import pytest
 
 from conftest import read_back
@@ -37,10 +39,8 @@ def test_no_conversation_holds_a_never_asked_country_together_with_its_capital(c
             assert len(found) < 2, text
             met |= found
     assert len(met) == 2 * 40  # but each stands in some, or the model could not know the name
-
-
-def test_all_other_countries_are_asked_about_in_both_directions(conversations):
-    answers = {turn.text for turns in conversations for turn in turns if turn.role == 'assistant'}
+    # All others are asked about in both directions.
+    answers = {turns[1].text for turns in conversations}
     for row in FACTS:
         for kind in prepare.DIRECTIONS:
             answer = prepare.fill(WORDINGS['ask'][kind]['answer'], row)
@@ -69,10 +69,9 @@ def test_what_is_written_reads_back(tmp_path):
     assert len(read_back(tmp_path / 'chat', 'val')) == 400
     assert mask.all() and vocabulary.decode(ids) in [f'{text}<|endoftext|>' for text in PROSE]
     questions = quiz.read(tmp_path / 'quiz.jsonl')
-    groups = [question.group for question in questions]
-    assert groups.count('never asked, forward') == groups.count('never asked, backward') == 200
-    assert groups.count('held-out wording, forward') == 155 * 5
-    assert groups.count('to complete') == 80
+    groups = Counter(question.group for question in questions)
+    assert groups['never asked, forward'] == groups['never asked, backward'] == 200
+    assert groups['held-out wording, forward'] == 155 * 5 and groups['to complete'] == 80
     assert all(q.wanted in q.answer or q.group == 'to complete' for q in questions)
 
 

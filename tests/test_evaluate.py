@@ -6,9 +6,10 @@ import re
 import pytest
 
 import evaluate
-from conftest import BYTES, one_line
-from core import checkpoint, tokenfile
-from core.conversation import Turn, encode
+from conftest import BYTES, one_line, write_data
+from core import checkpoint
+from core.conversation import Turn
+from core.tokenfile import Split
 from evaluate import Answer
 from formats import quiz
 from formats.quiz import Question
@@ -21,24 +22,11 @@ QUIZ = [
 
 
 @pytest.fixture
-def model(tmp_path, save_model):
-    """The folder of an untrained model whose tokens are bytes."""
-    return save_model(tmp_path / 'model', BYTES, block_size=256)
-
-
-@pytest.fixture
 def run(tmp_path):
-    """A function that runs evaluate.py on a data set and returns (report.json, report.html).
-
-    The data set: five conversations to validate on, whose texts look like HTML and tags.
-    """
-    chats = []
-    for i in range(5):
-        turns = [Turn('user', f'<b>question</b> {i} </user>'),
-                 Turn('assistant', f'<script>answer {i}')]
-        chats.append(encode(turns, BYTES)[:2])
-    tokenfile.write(str(tmp_path / 'data' / 'small'), {'train': [], 'val': chats},
-                    {'template': 'xml', 'tokenizer': BYTES.state()})
+    """A function that runs evaluate.py on texts like HTML and tags: (report.json, report.html)."""
+    chats = [[Turn('user', f'<b>question</b> {i} </user>'),
+              Turn('assistant', f'<script>answer {i}')] for i in range(5)]
+    write_data(tmp_path / 'data' / 'small', BYTES, {'train': [], 'val': chats})
     (tmp_path / 'quiz.jsonl').write_text('\n\n'.join(json.dumps(row) for row in QUIZ))
 
     def run(*models, **keys):
@@ -50,14 +38,14 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('text, wanted, right', [
-    ('The capital of France is Paris.', 'Paris', True), ('paris!', 'Paris', True),
-    ('It is Paris, a city. Lyon is not.', 'Paris', True),
-    ('I do not know. It may be Paris.', 'Paris', False), ('Well.\nParis', 'Paris', False),
-    ('Parisian life is nice.', 'Paris', False), ('', 'Paris', False),
-    ("It is St. John's. No more.", "St. John's", True), ('It is D.C. I say.', 'I say', True)])
-def test_right_is_the_name_in_the_first_sentence_and_not_in_a_ramble(text, wanted, right):
-    assert quiz.is_right(text, wanted) == right
+@pytest.mark.parametrize('text, wanted', [
+    ('The capital of France is Paris.', 'Paris'), ('paris!', 'Paris'),
+    ('It is D.C. I say.', 'I say'), ('It is Paris, a city. Lyon is not.', 'Paris'),
+    ("It is St. John's. No more.", "St. John's")])
+def test_right_is_the_name_in_the_first_sentence(text, wanted):
+    assert quiz.is_right(text, wanted)
+    for ramble in ('', 'I do not know. It may be Paris.', 'Well.\nParis', 'Parisian life is nice.'):
+        assert not quiz.is_right(ramble, 'Paris')
 
 
 def test_scores_go_by_group():
@@ -77,14 +65,13 @@ def test_scores_go_by_group():
     ('', 'holds no questions'), ('[]', 'line 1'), ('{"question": 3}', 'not a text'),
     ('{"answer": "x"}', "'question'"), ('{"question": "x"}\n{"question', 'quiz.jsonl line 2')])
 def test_a_broken_quiz_is_a_line(tmp_path, content, said):
-    path = tmp_path / 'quiz.jsonl'
-    path.write_text(content)
+    (tmp_path / 'quiz.jsonl').write_text(content)
     with one_line(f'{said}.*Expected one JSON object a line'):
-        quiz.read(str(path))
+        quiz.read(tmp_path / 'quiz.jsonl')
 
 
-def test_answers_do_not_depend_on_the_batch(model):
-    opened = checkpoint.open_model(model)
+def test_answers_do_not_depend_on_the_batch(save_model, tmp_path):
+    opened = checkpoint.open_model(save_model(tmp_path / 'model', BYTES, block_size=256))
     opened.model.eval()
     # The longest leaves the answer half of the window.
     questions = [[Turn('user', 'x' * n)] for n in (3, 30, 1, 3, 17, 500)]
@@ -94,8 +81,9 @@ def test_answers_do_not_depend_on_the_batch(model):
     assert len(together[-1].ids) == 129  # as many as the window had left, and the last prediction
 
 
-def test_report_and_page_are_the_same_each_time(run, model, save_model, tmp_path):
+def test_report_and_page_are_the_same_each_time(run, save_model, tmp_path):
     """The second model has no tags: it is asked in its own template."""
+    model = save_model(tmp_path / 'one', BYTES, block_size=256)
     plain = save_model(tmp_path / 'two', BYTES.with_tags(False), 'plain', block_size=256)
     keys = {'dataset': 'small', 'quiz': tmp_path / 'quiz.jsonl'}
     results, page = run(model, plain, **keys)
@@ -104,11 +92,12 @@ def test_report_and_page_are_the_same_each_time(run, model, save_model, tmp_path
         assert (found['model'], found['figures']['asked as']) == (folder, template)
         assert abs(found['loss'] - math.log(263)) < 0.2 and found['tokens'] == 5 * 17
         assert found['figures']['loss on responses'] == f"{found['loss']:.4f}"
-        assert found['figures']['parameters'] == '0.0 M'
         assert found['figures']['quiz: exact, follow-up (1)'] == '0.0%'
         assert found['quiz']['asked'][1]['prompt'] == ['Hi', 'Hello.', 'And <b>?']
         assert len(found['answers']['asked']) == 5
         assert found['answers']['asked'][1]['expected'] == '<script>answer 1'
+    n_parameters = sum(p.numel() for p in checkpoint.open_model(model).model.parameters())
+    assert results[0]['figures']['parameters'] == f'{n_parameters:,}'
     assert '<script' not in page and '&lt;script&gt;answer 1' in page and 'And &lt;b&gt;?' in page
     assert '&lt;b&gt;question&lt;/b&gt; 0 &lt;/user&gt;' in page
     assert not re.search(r'(src|href)=|@import|url\(', page)
@@ -128,13 +117,12 @@ def test_a_mistake_gets_one_line(run, save_model, tmp_path, monkeypatch, keys, s
         run(save_model(tmp_path / 'alpaca', BYTES, 'alpaca'), **keys)
 
 
-def test_each_different_prompt_is_asked_once(small):
+def test_each_different_prompt_is_asked_once(small, tmp_path):
     """Trees give several answers to one prompt."""
-    class Split(list):
-        name = 'val'
-
     chats = [('Hi', 'Hello'), ('Hi', 'Hey'), ('And you?', 'Fine'), ('Hi', 'Ho'), ('Bye', 'Bye')]
-    split = Split(encode([Turn('user', a), Turn('assistant', b)], small)[:2] for a, b in chats)
-    asked = [question.turns[0].text for question in quiz.from_split(split, small, 'xml', 2)]
-    assert asked == ['Hi', 'And you?']
+    chats = [[Turn('user', a), Turn('assistant', b)] for a, b in chats]
+    write_data(tmp_path / 'data', small, {'val': chats})
+    split = Split([tmp_path / 'data'], 'val')
+    asked = quiz.from_split(split, small, 'xml', 2)
+    assert [question.turns[0].text for question in asked] == ['Hi', 'And you?']
     assert len(quiz.from_split(split, small, 'xml', 20)) == 3
