@@ -22,15 +22,12 @@ from formats.chat_template import chat_template, tokenizer_json
 def to_transformers(model):
     """(config.json as a dict, {name: tensor}) that transformers' GPT2LMHeadModel loads."""
     c = model.config
-    config = {
+    config = {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
+    config |= {
         'model_type': 'gpt2',
         'architectures': ['GPT2LMHeadModel'],
-        'n_layer': c.n_layer,
-        'n_head': c.n_head,
-        'n_embd': c.n_embd,
         'n_positions': c.block_size,
         'n_ctx': c.block_size,
-        'vocab_size': c.vocab_size,
         'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
         'layer_norm_epsilon': 1e-5,
     }

@@ -64,7 +64,7 @@ def test_undamaged_files_are_not_refused(files):
 @pytest.mark.parametrize('damage', ['truncated', 'empty', 'wrong file', 'not found'])
 @pytest.mark.parametrize('path, scripts', [
     ('out/ckpt.pt', [go_on, export_again]), ('model/config.json', [talk, tune]),
-    ('model/model.safetensors', [talk, measure]), ('model/tokenizer.json', [talk]),
+    ('model/model.safetensors', [talk, measure]), ('model/tokenizer.json', [talk, measure]),
     ('data/colours/meta.json', [begin, go_on, measure]), ('data/colours/train.bin', [begin, go_on]),
     ('data/colours/train.mask.bin', [begin, tune]), ('data/colours/val.idx.bin', [measure])])
 def test_a_damaged_file_is_a_line(files, path, scripts, damage):

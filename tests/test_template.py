@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-import sample
 from core import conversation
 from core.conversation import TEMPLATES, Template, Turn, answer_text, encode, prompt
 from core.readback import decode
@@ -15,8 +14,6 @@ NEW = {
         user=('User: {text}\nBot:',),
         user_with_context=('User: {text}\nInput: {context}\nBot:',),
         assistant=(' {text}', END_OF_TEXT), headings=('\nInput: ', '\nBot:')),
-    'a longer lead': Template(
-        user=('User: {text}\n',), assistant=('Bot: {text}', END_OF_TEXT)),
     'tags': Template(
         user=('<user>', '{text}', '</user>'), assistant=('<assistant>', '{text}', '</assistant>'),
         closing=(END_OF_TEXT,))}
@@ -29,27 +26,18 @@ def template(request, monkeypatch):
     return 'mine'
 
 
-def expected_turns(template):
-    """TURNS as they read back: without a place for it, the context is below the text."""
-    if TEMPLATES[template].user_with_context and TEMPLATES[template].headings:
-        return TURNS
-    return [Turn('user', 'Add </user>\n\n1 and 2'), TURNS[1]]
-
-
 def test_it_is_written_and_read_back(template, small):
     ids, mask, _ = encode(TURNS, small, template)
-    assert decode(ids, mask, small, template) == expected_turns(template)
+    turns = TURNS
+    if not TEMPLATES[template].user_with_context:
+        # The context is below the text.
+        turns = [Turn('user', 'Add </user>\n\n1 and 2'), TURNS[1]]
+    assert decode(ids, mask, small, template) == turns
     first = mask.argmax()
     assert prompt(TURNS[:1], small, template) == ids[:first].tolist()
     written = ids[first:].tolist()
     assert written[int(mask.sum()) - 1] in conversation.stop_ids(small, template)
     assert answer_text(written, small, template) == TURNS[1].text
-
-
-def test_a_checkpoint_is_opened_and_answers_with_it(template, small, save_model, tmp_path, capsys):
-    folder = save_model(tmp_path / 'model', small, template, block_size=128)
-    sample.main([f'--init_from={folder}', '--user=Hi', '--max_new_tokens=3', '--device=cpu'])
-    assert capsys.readouterr().out.endswith('\n')
 
 
 def test_transformers_gives_its_ids(template, small):
