@@ -34,7 +34,8 @@ def literal(text):
 
 def expression(piece):
     """A piece in which JOINT stands for the message, as a Jinja expression."""
-    return literal(piece).replace(JOINT, '" ~ text ~ "')
+    whole = literal(piece).replace(JOINT, '" ~ text ~ "')
+    return whole.removeprefix('"" ~ ').removesuffix(' ~ ""')
 
 
 def write(pieces):
