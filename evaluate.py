@@ -3,8 +3,8 @@
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
     python evaluate.py --models=out/oasst --quiz=questions.jsonl    # see formats/quiz.py
 
-Each model is asked in its own template. One that was never tuned is asked in that of the data
-set if it needs no tags, else in the template `question`.
+Each model is asked in its own template. One that was never tuned is asked in that of the
+data set if it needs no tags, else in the template `question`.
 """
 import json
 import math
@@ -18,15 +18,15 @@ from configurator import Count, Natural
 
 @dataclass(frozen=True)
 class Config:
-    models: str = 'resume'       # folders, hub names, or resume (the last run); commas between
-    which: Literal['best', 'last'] = 'best'  # of a run's checkpoints; best has the lowest val_loss
+    models: str = 'resume'       # folders, hub names or resume; commas between
+    which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
     # what to measure
-    dataset: str = ''            # a prepared folder in data_dir: loss, and answers to its prompts
+    dataset: str = ''            # a folder in data_dir: loss, and answers to its prompts
     data_dir: str = 'data'       # looked for here, then beside evaluate.py
     split: Literal['train', 'val', 'test'] = 'val'  # of the data set
     answers: Natural = 20        # how many prompts of the data set to answer
     quiz: str = ''               # a JSONL file of questions
-    # how to answer: each token is the likeliest, so that the report is the same each time
+    # how to answer: always with the likeliest token, so that a report can be repeated
     max_new_tokens: Count = 128  # the longest answer
     batch_size: Count = 32       # prompts answered together
     # where
@@ -57,17 +57,17 @@ from formats.page import render
 
 
 class Answer(NamedTuple):
-    """What a model wrote: the text, its ids without the one that ended it, and whether one did."""
+    """What a model wrote."""
     text: str
-    ids: list
-    stopped: bool
+    ids: list  # without the one that ended it
+    stopped: bool  # whether one did
 
 
 def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
-    """The Answers of a model to `questions`, a list of lists of turns, in their order.
+    """The Answers of a model to `questions`, lists of turns, in their order.
 
-    Prompts of similar length are answered together; an answer is what it would be alone. Too long
-    a prompt loses its oldest tokens.
+    Prompts of similar length are answered together; an answer is what it would be alone.
+    Too long a prompt loses its oldest tokens.
     """
     # As in a chat, at least half of the window belongs to the prompt.
     window = opened.model.config.block_size
@@ -103,7 +103,7 @@ def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
 
 @torch.no_grad()
 def response_loss(model, split):
-    """(nats per supervised token, number of tokens) of the conversations that fit the model."""
+    """(nats per supervised token, number of tokens) of all that fits the model."""
     loss_sum = 0.0
     n_tokens = 0
     for batch in Rows(split, model.config.block_size).batches(4, what='loss'):
@@ -134,7 +134,8 @@ def measure(name, config, questions, device):
 
     prompts = []
     if config.dataset:
-        split = tokenfile.Split(folders, config.split, vocab_size=opened.tokenizer.vocab_size)
+        size = opened.tokenizer.vocab_size
+        split = tokenfile.Split(folders, config.split, vocab_size=size)
         loss, n_tokens = response_loss(opened.model, split)
         result |= {'loss': loss, 'tokens': n_tokens}
         figures['loss on responses'] = f'{loss:.4f}'

@@ -3,9 +3,8 @@
     python export.py --init_from=out/oasst --out=my-model
     python export.py --init_from=out/oasst --out=my-model --gguf=True --overwrite=True
 
-The folder holds the weights, the vocabulary, our template as a chat template, the ids that end an
-answer, and a model card. apply_chat_template gives the ids of core/conversation.py, and
---init_from=my-model reads it back.
+The folder holds the weights, the vocabulary, our template as a chat template, the ids that
+end an answer, and a model card.
 """
 import os
 import shutil
@@ -28,7 +27,7 @@ class Config:
     # how
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
     gguf: bool = False         # also write model.gguf; needs requirements-export.txt
-    report: str = ''           # report.json of evaluate.py: its scores go into the model card
+    report: str = ''           # report.json of evaluate.py, for the model card
 
     def problems(self):
         if not self.out:

@@ -1,11 +1,11 @@
-"""Facts about 195 countries -> prose for a base model, conversations to tune it, and a quiz.
+"""Facts about 195 countries -> prose for a base, conversations to tune it, a quiz.
 
-    python demo/prepare.py   # writes prose/, chat/, quiz.jsonl and tokenizer.json into demo/
+    python demo/prepare.py   # writes prose/, chat/, quiz.jsonl, tokenizer.json
 
-The prose states every fact. The conversations ask for the capital of most countries, in both
-directions, and for the other facts of all. None asks for the capital of the 40 "never asked"
-countries, or for the country of those capitals: there, a tuned model can only use what the base
-learned from prose. facts.csv holds the facts, wordings.toml the words.
+The prose states every fact. The conversations ask for the capital of most countries, in
+both directions, and for the other facts of all. None asks for the capital of the 40 "never
+asked" countries, or for the country of those capitals: there, a tuned model can only use
+what the base learned from prose. facts.csv holds the facts, wordings.toml the words.
 """
 import csv
 import json
@@ -28,7 +28,7 @@ from core import tokenizer as vocabularies
 from core.conversation import Turn
 from core.files import write_whole
 
-# Kinds of questions that are never asked about some countries: country -> capital, and back.
+# What is never asked about some countries: country -> capital, and back.
 DIRECTIONS = {'capital': 'forward', 'country': 'backward'}
 N_NEVER_ASKED = 40
 README_ASKS = ('France', 'Japan')
@@ -59,7 +59,7 @@ def read_facts():
 
 
 def read_wordings():
-    """wordings.toml as a dict, and with it, as held_out, the wordings that must not be learned."""
+    """wordings.toml as a dict, with held_out: wordings that must not be learned."""
     with open(os.path.join(HERE, 'wordings.toml'), 'rb') as file:
         wordings = tomllib.load(file)
     wordings['held_out'] = []
@@ -76,18 +76,16 @@ def fill(wording, values):
 
 
 def words(text):
-    """The words of a text, in lower case between spaces, so that texts can be compared."""
+    """The words of a text, in lower case between spaces, to compare texts."""
     letters = [c if c.isalnum() else ' ' for c in text.lower().replace("'", '')]
     return f' {" ".join("".join(letters).split())} '.replace(' what is ', ' whats ')
 
 
 def choose_never_asked(facts, seed):
-    """The rows of the countries whose capital no conversation asks for, drawn by seed.
-
-    A capital that shares a word with its country, such as Mexico City, would give the answer away.
-    """
+    """The rows of the countries whose capital no conversation asks for."""
     candidates = []
     for row in facts:
+        # Mexico City, which shares a word with its country, would give the answer away.
         shared = set(words(row['name']).split()) & set(words(row['capital']).split())
         if not shared and row['name'] not in README_ASKS:
             candidates.append(row)
@@ -97,7 +95,7 @@ def choose_never_asked(facts, seed):
 # ---- texts ----
 
 def make_prose(facts, wordings, config):
-    """Texts of three to five sentences about one country, two of them about its capital."""
+    """Texts of three to five sentences on a country, two of them on its capital."""
     rng = random.Random(f'{config.seed} prose')
     others = [kind for kind in wordings['prose'] if kind != 'capital']
     texts = []
@@ -113,8 +111,8 @@ def make_prose(facts, wordings, config):
 def question(row, kind, wordings, rng):
     """A question of this kind about the country.
 
-    Around it and in it stand words that mean nothing: the more of them a model has seen, the less
-    an unknown wording disturbs it.
+    Around it and in it stand words that mean nothing: the more of them a model has seen,
+    the less an unknown wording disturbs it.
     """
     ask = wordings['ask'][kind]
     around = wordings['around']
@@ -141,7 +139,7 @@ def question(row, kind, wordings, rng):
 
 
 def misspell(word, rng):
-    """The word, sometimes with two letters exchanged or one left out. Names stay as they are."""
+    """The word, or two of its letters exchanged, or one left out. Names stay."""
     if len(word) < 3 or '{' in word or rng.random() < 0.7:
         return word
     at = rng.randrange(len(word) - 1)
@@ -152,7 +150,7 @@ def misspell(word, rng):
 
 
 def make_conversations(facts, never_asked, wordings, config):
-    """Lists of turns: a question and its answer, or two or three about different countries."""
+    """Lists of turns: one to three questions, about different countries."""
     rng = random.Random(f'{config.seed} conversations')
     kinds_of = {}
     for row in facts:
@@ -167,9 +165,10 @@ def make_conversations(facts, never_asked, wordings, config):
         turns = []
         for row in rng.sample(askable, rng.choice((1, 1, 1, 1, 1, 2, 3))):
             kind = rng.choice(kinds_of[row['name']])
+            answer = fill(wordings['ask'][kind]['answer'], row)
             turns.append(Turn('user', question(row, kind, wordings, rng)))
-            turns.append(Turn('assistant', fill(wordings['ask'][kind]['answer'], row)))
-        # Questions about two countries can still name both of a pair, as Port of Spain names Spain.
+            turns.append(Turn('assistant', answer))
+        # Two countries can still name both of a pair, as Port of Spain names Spain.
         text = words(' '.join(turn.text for turn in turns))
         if not any(name in text and capital in text for name, capital in pairs):
             found.append(turns)
@@ -190,7 +189,8 @@ def make_quiz(facts, never_asked, wordings, which='quiz'):
             if row in never_asked:
                 group = f'never asked, {direction}'
                 beginning = answer.rpartition(f' {wanted}')[0]
-                found.append({'question': beginning, 'wanted': wanted, 'group': 'to complete'})
+                found.append({'question': beginning, 'wanted': wanted,
+                              'group': 'to complete'})
             for wording in wordings['ask'][kind][which]:
                 found.append({'question': fill(wording, row), 'answer': answer,
                               'wanted': wanted, 'group': group})
@@ -214,15 +214,15 @@ def main(argv):
     prose = make_prose(facts, wordings, config)
     conversations = make_conversations(facts, never_asked, wordings, config)
 
-    # Names count three hundred times more, with and without a space before them, so that most are
-    # one or two tokens: a name of four tokens is copied from a question far less reliably.
+    # Names count three hundred times more, with and without a space before them, so that
+    # most are one or two tokens: a name of four is copied from a question less reliably.
     texts = prose + [turn.text for turns in conversations for turn in turns]
     for row in facts:
         for name in (row['name'], row['capital']):
             texts += 300 * [name, f'in {name}']
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, VOCAB_SIZE, min_frequency=0, show_progress=False)
-    path = os.path.join(config.out_dir, 'tokenizer.json')
+    path = f'{config.out_dir}/tokenizer.json'
     os.makedirs(config.out_dir, exist_ok=True)
     bpe.save(path)
     vocabulary = vocabularies.load(path)
@@ -232,10 +232,13 @@ def main(argv):
         ids = np.append(vocabulary.encode(text), vocabulary.end_of_text)
         # Every token is learned.
         documents.append((ids, np.ones_like(ids)))
-    dialogues = [conversation.encode(turns, vocabulary)[:2] for turns in conversations]
-    write_dataset(os.path.join(config.out_dir, 'prose'), 'plain', documents, vocabulary)
-    write_dataset(os.path.join(config.out_dir, 'chat'), 'xml', dialogues, vocabulary)
-    with write_whole(os.path.join(config.out_dir, 'quiz.jsonl')) as file:
+    dialogues = []
+    for turns in conversations:
+        ids, mask, _ = conversation.encode(turns, vocabulary)
+        dialogues.append((ids, mask))
+    write_dataset(f'{config.out_dir}/prose', 'plain', documents, vocabulary)
+    write_dataset(f'{config.out_dir}/chat', 'xml', dialogues, vocabulary)
+    with write_whole(f'{config.out_dir}/quiz.jsonl') as file:
         for q in make_quiz(facts, never_asked, wordings):
             file.write(json.dumps(q, ensure_ascii=False) + '\n')
     print(f'wrote prose, chat, quiz.jsonl and tokenizer.json into {config.out_dir}')

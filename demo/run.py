@@ -1,4 +1,4 @@
-"""The demo: a base learns facts from prose, fine-tuning teaches it to answer. Then ask both.
+"""The demo: a base learns facts from prose, tuning teaches it to answer. Ask both.
 
     python demo/run.py
 """
@@ -31,9 +31,10 @@ def run(script, *arguments):
     """Run a script as a person would, and return the seconds that it took."""
     print(f'\n$ python {script} {" ".join(arguments)}', flush=True)
     started = time.perf_counter()
-    # One thread: a second one gains nothing at this size, and beside other programs it costs much.
+    # One thread: at this size, a second one gains nothing.
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, env=environment)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment)
     if done.returncode:
         raise UserError(f'{script} failed. What it said is above.')
     return time.perf_counter() - started
@@ -49,7 +50,7 @@ def ask(models):
 
 
 def percent(asked, group, mark='exact'):
-    """How many of the answers to a group of questions are exact, or have another mark."""
+    """How many of the answers to a group of questions have the mark."""
     marks = [one[mark] for one in asked if one['group'].startswith(group)]
     return 100 * sum(marks) / len(marks)
 
@@ -62,13 +63,13 @@ def main(argv):
     seconds += run('train.py', 'config/demo_tune.py', seed, '--overwrite=True')
     base, tuned = ask('out/demo-base,out/demo')
 
-    pairs = [(one, other) for one, other in zip(base, tuned) if 'never asked' in one['group']]
-    # A few of 400; 57 reaches each of the five wordings in both directions.
-    for one, other in pairs[::57]:
-        print(f'\n{one["prompt"][0]}')
-        print(f'  base   {one["answer"]}')
-        print(f'  tuned  {other["answer"]}')
-        print(f'  right  {one["expected"]}')
+    # A few of the 400 questions; 57 reaches each of the five wordings, both ways.
+    numbers = [i for i, one in enumerate(tuned) if 'never asked' in one['group']]
+    for i in numbers[::57]:
+        print(f'\n{tuned[i]["prompt"][0]}')
+        print(f'  base   {base[i]["answer"]}')
+        print(f'  tuned  {tuned[i]["answer"]}')
+        print(f'  right  {tuned[i]["expected"]}')
     print(LESSON.format(percent(base, 'to complete', 'right')))
     print(f'demo: never asked {percent(tuned, "never asked"):.1f} % '
           f'(base {percent(base, "never asked"):.1f} %), '

@@ -65,7 +65,7 @@ def licence_of(data):
 
 
 def scores_of(opened, report):
-    """{name: text} of the model: what its checkpoint says, and a report.json of evaluate.py."""
+    """{name: text}: what the checkpoint says, and a report.json of evaluate.py."""
     found = {}
     saved = opened.checkpoint
     if saved:
@@ -88,20 +88,26 @@ def card(title, opened, dtype, report=''):
     """The text of the card. report: the path of a report.json, or ''."""
     shape = opened.model.config
     saved = opened.checkpoint
-    config = saved.config if saved else {}
-    origin = (saved.origin if saved else None) or {}
+    config = {}
+    origin = {}
+    if saved:
+        config = saved.config
+        origin = saved.origin or {}
     begun = origin.get('init_from') or ''
     data = describe_data(origin)
     urls = ' '.join(part['url'] for part in data)
+    datasets = sorted(set(re.findall(DATASET, urls)))
+    recipe = [(key, repr(value)) for key, value in config.items() if key not in NOT_RECIPE]
     ids, mask, _ = conversation.encode(EXAMPLE, opened.tokenizer, opened.template)
     padding = shape.padded_vocab_size - shape.vocab_size
-    n_parameters = sum(p.numel() for p in opened.model.parameters()) - padding * shape.n_embd
+    n_parameters = sum(p.numel() for p in opened.model.parameters())
+    n_parameters -= padding * shape.n_embd
     return ENVIRONMENT.get_template('card.md').render(
         title=title, shape=shape, dtype=dtype, n_parameters=n_parameters,
         scores=scores_of(opened, report),
-        base=re.fullmatch(ON_HUB, begun) and begun, begun=os.path.basename(begun.rstrip('/')),
+        base=begun if re.fullmatch(ON_HUB, begun) else None,
+        begun=os.path.basename(begun.rstrip('/')),
         template=opened.template, example=opened.tokenizer.decode(ids),
         learned=opened.tokenizer.decode(ids[mask == 1]).strip(),
         learned_all=config.get('loss_on') == 'all', question=EXAMPLE[0].text,
-        data=data, datasets=sorted(set(re.findall(DATASET, urls))), licence=licence_of(data),
-        recipe=[(key, repr(value)) for key, value in config.items() if key not in NOT_RECIPE])
+        data=data, datasets=datasets, licence=licence_of(data), recipe=recipe)

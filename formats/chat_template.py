@@ -1,10 +1,10 @@
-"""Our templates and vocabularies as transformers reads them: chat_template.jinja, tokenizer.json.
+"""Our templates and vocabularies as transformers reads them.
 
-    python export.py --init_from=out/oasst --out=my-model      # writes both
+    python export.py --init_from=out/oasst --out=my-model
 
-Together they give the ids of core/conversation.py, which encodes each piece of a conversation by
-itself and takes no tag from a message. Two characters, which Unicode sets aside for internal use,
-make that possible: the chat template writes them, and the tokenizer takes them out again.
+Together, chat_template.jinja and tokenizer.json give the ids of core/conversation.py, which
+encodes each piece of a conversation by itself and takes no tag from a message. Two characters
+that Unicode sets aside make it possible: the one writes them, the other takes them out again.
 Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 """
 import json
@@ -70,7 +70,7 @@ def chat_template(name, tokenizer):
 
 
 def merges(tokens):
-    """The pairs of tokens that merge into each of the tokens after the 256 bytes, in order."""
+    """The pair of tokens that merges into each token after the 256 bytes, in order."""
     ranks = {token: i for i, token in enumerate(tokens)}
     found = []
     for rank, token in enumerate(tokens[256:], 256):
@@ -85,16 +85,17 @@ def merges(tokens):
 
 
 def tokenizer_json(tokenizer):
-    """tokenizer.json as a dict: GPT-2's encoding, which drops BREAK and splits at JOINT."""
+    """tokenizer.json as a dict: GPT-2's, but it drops BREAK and splits at JOINT."""
     text = [to_unicode(token) for token in tokenizer.tokens]
     vocab = dict(zip(text, tokenizer.text_ids)) | tokenizer.special
     pairs = [(to_unicode(a), to_unicode(b)) for a, b in merges(tokenizer.tokens)]
     bpe = tokenizers.Tokenizer(models.BPE(vocab, pairs))
     bpe.normalizer = normalizers.Replace(BREAK, '')
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(JOINT, 'removed'), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    split = pre_tokenizers.Split(JOINT, 'removed')
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
     # Not normalized: they are looked for while BREAK still stands in the text.
-    bpe.add_special_tokens([
-        tokenizers.AddedToken(piece, normalized=False) for piece in tokenizer.special])
+    for piece in tokenizer.special:
+        bpe.add_special_tokens([tokenizers.AddedToken(piece, normalized=False)])
     return json.loads(bpe.to_str())

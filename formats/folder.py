@@ -1,8 +1,7 @@
-"""A model as a folder in transformers' form: weights, settings, vocabulary, chat template.
+"""A model as a folder in transformers' form.
 
     python export.py --init_from=out/oasst --out=my-model
 
-core/pretrained.py reads such folders.
 Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 """
 import json
@@ -20,7 +19,7 @@ from formats.chat_template import chat_template, tokenizer_json
 
 
 def to_transformers(model):
-    """(config.json as a dict, {name: tensor}) that transformers' GPT2LMHeadModel loads."""
+    """(config.json as a dict, {name: tensor}) for transformers' GPT2LMHeadModel."""
     c = model.config
     config = {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
     config |= {
@@ -47,7 +46,7 @@ def to_transformers(model):
 
 
 def contents(opened, dtype):
-    """({file name: text}, {name: tensor}) of a tuned model; weights in the dtype, a name."""
+    """({file name: text}, {name: tensor}) of a tuned model. dtype: a name."""
     tokenizer = opened.tokenizer
     c = opened.model.config
     # llama.cpp and others know one token that ends an answer. If it were <|endoftext|>, they

@@ -1,4 +1,4 @@
-"""model.gguf for llama.cpp. Its own converter makes the same, but only with GPT-2's vocabulary.
+"""model.gguf for llama.cpp, whose own converter wants GPT-2's vocabulary.
 
     python export.py --init_from=out/oasst --out=my-model --gguf=True
 """

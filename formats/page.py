@@ -1,6 +1,6 @@
 """HTML pages from the templates beside this file: dataset.html and evaluation.html.
 
-A page loads nothing from elsewhere. Every value is escaped when it is put into a template.
+A page loads nothing from elsewhere. Every value put into a template is escaped.
 """
 import os
 
@@ -30,5 +30,5 @@ ENVIRONMENT.filters |= {'number': number, 'share': share}
 def render(template, **values):
     """The page that the template makes of the values, as bytes."""
     text = ENVIRONMENT.get_template(template).render(values)
-    # The name of a file, which need not be valid Unicode, may stand in the text.
+    # The name of a file need not be valid Unicode.
     return text.encode('utf-8', 'xmlcharrefreplace')

@@ -2,8 +2,8 @@
 
     python evaluate.py --models=out/oasst --quiz=questions.jsonl
 
-The file has one question a line, as JSON. All but `question` is optional; `before` holds earlier
-questions and their answers:
+The file has one question a line, as JSON. All but `question` is optional; `before` holds
+earlier questions and their answers:
 
     {"question": "And of Japan?", "before": ["What is the capital of France?", "Paris."],
      "answer": "It is Tokyo.", "wanted": "Tokyo", "group": "follow-up"}
@@ -55,7 +55,7 @@ def read(path):
 
 
 def from_split(split, tokenizer, template, n):
-    """The first n different prompts of a tokenfile.Split: conversations up to the last answer."""
+    """The first n different prompts of a Split: conversations up to the last answer."""
     found = {}
     for i in range(len(split)):
         if len(found) == n:
@@ -79,7 +79,7 @@ def words(text):
 def is_right(text, wanted):
     """Whether the name that is wanted stands in the first sentence of the text."""
     line = text.strip().split('\n')[0]
-    # A sign ends a sentence before a capital letter, but in "St. John's" and "Washington, D.C."
+    # A sign ends a sentence before a capital letter, but not in "St. John's" and "D.C."
     ends = r'(?<!\bSt\.)(?<![.\s]\w\.)(?<=[.!?])\s+(?=["\'“(]?[A-ZÀ-Þ])'
     sentence = re.split(ends, line)[0]
     return words(wanted) in words(sentence)
@@ -113,7 +113,8 @@ def scores(graded):
     # In the order in which the groups come in the file.
     for group in dict.fromkeys(['all'] + [one['group'] for one in graded]):
         for key in ('right', 'exact'):
-            marks = [one[key] for one in graded if key in one and group in ('all', one['group'])]
+            members = [one for one in graded if group in ('all', one['group'])]
+            marks = [one[key] for one in members if key in one]
             if group and marks:
                 found[f'{key}, {group} ({len(marks)})'] = float(np.mean(marks))
     return found
