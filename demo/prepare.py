@@ -1,6 +1,6 @@
 """Facts about 195 countries -> prose for a base, conversations to tune it, a quiz.
 
-    python demo/prepare.py   # writes prose/, chat/, quiz.jsonl, tokenizer.json
+    python demo/prepare.py   # writes prose/, chat/ and quiz.jsonl
 
 The prose states every fact. The conversations ask for the capital of most countries, in
 both directions, and for the other facts of all. None asks for the capital of the 40 "never
@@ -24,9 +24,9 @@ sys.path.insert(0, os.path.dirname(HERE))
 import configurator
 from configurator import Count, Seed
 from core import conversation, tokenfile
-from core import tokenizer as vocabularies
 from core.conversation import Turn
 from core.files import write_whole
+from core.tokenizer import Tokenizer, to_bytes
 
 # What is never asked about some countries: country -> capital, and back.
 DIRECTIONS = {'capital': 'forward', 'country': 'backward'}
@@ -40,7 +40,7 @@ VOCAB_SIZE = 2041
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = HERE              # folder for prose/, chat/, quiz.jsonl and tokenizer.json
+    out_dir: str = HERE              # folder for prose/, chat/ and quiz.jsonl
     n_texts: Count = 14_000          # texts of prose
     n_conversations: Count = 42_000  # conversations of one to three questions
     seed: Seed = 1337                # of the texts and of the choice of countries
@@ -222,10 +222,9 @@ def main(argv):
             texts += 300 * [name, f'in {name}']
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, VOCAB_SIZE, min_frequency=0, show_progress=False)
-    path = f'{config.out_dir}/tokenizer.json'
-    os.makedirs(config.out_dir, exist_ok=True)
-    bpe.save(path)
-    vocabulary = vocabularies.load(path)
+    vocab = bpe.get_vocab()
+    tokens = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]
+    vocabulary = Tokenizer('demo', tokens, tags=True)
 
     documents = []
     for text in prose:
@@ -241,7 +240,7 @@ def main(argv):
     with write_whole(f'{config.out_dir}/quiz.jsonl') as file:
         for q in make_quiz(facts, never_asked, wordings):
             file.write(json.dumps(q, ensure_ascii=False) + '\n')
-    print(f'wrote prose, chat, quiz.jsonl and tokenizer.json into {config.out_dir}')
+    print(f'wrote prose, chat and quiz.jsonl into {config.out_dir}')
 
 
 if __name__ == '__main__':
