@@ -2,17 +2,15 @@
 
     python train.py config/finetune_oasst.py --batch_size=2 --learning_rate=6e-5
 
-A script declares its keys as a frozen dataclass, one key a line. The type says which values are
-allowed, and the comment at the end of the line is the help text:
+A script declares its keys as a frozen dataclass, one key a line. The type says which
+values are allowed, and the comment at the end of the line is the help text:
 
     batch_size: Count = 4                              # rows in a micro-batch
     loss_on: Literal['response', 'all'] = 'response'   # which tokens are learned
 """
 import ast
-import contextlib
 import difflib
 import inspect
-import math
 import operator
 import os
 import signal
@@ -24,15 +22,13 @@ REPOSITORY = os.path.dirname(os.path.abspath(__file__))
 
 
 class UserError(Exception):
-    """A user's mistake. The text says what was found, what was expected and what to do."""
+    """A user's mistake: what was found, what was expected and what to do."""
 
-
-# ---- types of keys ----
 
 class Range(NamedTuple):
     """For Annotated[int, Range(1, 16)]: the lowest and the highest value allowed."""
     low: float
-    high: float = math.inf
+    high: float = float('inf')
 
 
 Count = Annotated[int, Range(1)]
@@ -50,105 +46,98 @@ def check_value(value, field):
         value = float(value)
     if type(value) is not type(field.default):
         raise ValueError(f'found {value!r}, expected a value like {field.default!r}')
+    options = get_args(field.type)
     if get_origin(field.type) is Annotated:
-        low, high = get_args(field.type)[1]
-        if value < low:
-            raise ValueError(f'found {value!r}, expected at least {low:,}')
-        if value > high:
-            raise ValueError(f'found {value!r}, expected at most {high:,}')
-    choices = get_args(field.type)
-    if get_origin(field.type) is Literal and value not in choices:
-        words = ', '.join(filter(None, choices))
+        low, high = options[1]
+        if not low <= value <= high:
+            raise ValueError(f'found {value!r}, expected {low:,} to {high:,}')
+    if get_origin(field.type) is Literal and value not in options:
+        words = ', '.join(filter(None, options))
         raise ValueError(f'found {value!r}, expected one of {words}')
     return value
 
 
-# ---- reading values: nothing is executed ----
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub,
+             ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def evaluate(node):
-    """The value of a literal, or of arithmetic on literals; ValueError for anything else."""
+    """The value of a literal, or of arithmetic on literals. Nothing is executed."""
     match node:
         case ast.Constant():
             return node.value
-        case ast.Name(id='true' | 'false'):
-            return node.id == 'true'
         case ast.UnaryOp(op=ast.USub()):
             return -evaluate(node.operand)
         case ast.BinOp() if type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
-    if ast.unparse(node) == 'str(time.time())':  # a config file of nanoGPT names its run so
+            calculate = OPERATORS[type(node.op)]
+            return calculate(evaluate(node.left), evaluate(node.right))
+    found = ast.unparse(node)
+    # A config file of nanoGPT names its run so.
+    if found == 'str(time.time())':
         return ''
-    raise ValueError(f'found {ast.unparse(node)}, expected a literal, or arithmetic on literals')
+    raise ValueError(f'found {found}, expected a literal, or arithmetic on literals')
 
 
-def read_config_file(name):
-    """Yield (key, syntax tree of its value, where it is) for each line key = value."""
-    # A file beside the scripts is found from any folder.
-    path = name if os.path.isfile(name) else os.path.join(REPOSITORY, name)
+def read(argument, keys):
+    """Yield key and syntax tree of the value, for --key=value or a config file's lines."""
     try:
-        with open(path, 'rb') as file:
-            lines = ast.parse(file.read(), name).body
+        if argument.startswith('--'):
+            key, equals, text = argument[2:].partition('=')
+            # --key alone means True, and a text needs no quotes.
+            if not equals:
+                text = 'True'
+            elif isinstance(getattr(keys, key, None), str):
+                text = repr(text)
+            source = f'{key.replace("-", "_")} = {text}'
+        else:
+            # A file of ours is found from any folder.
+            found = os.path.exists(argument)
+            path = argument if found else os.path.join(REPOSITORY, argument)
+            with open(path, 'rb') as file:
+                source = file.read()
+        lines = ast.parse(source).body
     except (OSError, SyntaxError) as error:
-        raise UserError(f'config file {name} cannot be read: {error}. The config files are in '
-                        'config/; flags are written --key=value.') from None
+        raise UserError(f'{argument} cannot be read: {error}. Expected --key=value, or a '
+                        'file of such lines: see config/.') from None
     for line in lines:
-        where = f'in {name} line {line.lineno}'
         match line:
-            case ast.Expr(value=ast.Constant()) | ast.Import(names=[ast.alias(name='time')]):
-                continue  # the docstring; see evaluate
             case ast.Assign(targets=[ast.Name(id=key)]):
-                yield key, line.value, where
+                yield key, line.value
+            # Docstrings and imports mean nothing here.
+            case ast.Expr(value=ast.Constant()) | ast.Import():
+                continue
             case _:
-                raise UserError(f'found {ast.unparse(line)[:60]!r} {where}, expected key = value. '
-                                'A config file is read, never executed.')
-
-
-def read_flag(flag, keys):
-    """The same for --key=value. A text needs no quotes, and --key alone means True."""
-    key, equals, text = flag[2:].partition('=')
-    node = ast.Constant(text if equals else True)
-    if equals and not isinstance(getattr(keys, key, ''), str):
-        with contextlib.suppress(SyntaxError):  # it stays a text, which check_value refuses
-            node = ast.parse(text.strip(), mode='eval').body
-    return key, node, 'on the command line'
+                found = ast.unparse(line)[:60]
+                raise UserError(f'found {found!r} in {argument}, expected key = value')
 
 
 def load(keys, argv, defaults=None, check=True):
-    """The configuration that argv asks for, as an instance of the frozen dataclass `keys`.
+    """The configuration that argv asks for: an instance of the frozen dataclass keys.
 
-    defaults: a dict that overrides the class's own. The class may have a method problems(), which
-    yields a sentence for each combination that cannot work; check=False skips it.
+    defaults, a dict, overrides the class's own. check: ask the class's problems(), if any,
+    for a sentence about each combination that cannot work.
     """
-    if '--help' in argv or '-h' in argv:
-        # The docstring of the script, and the lines of the class up to the first empty one.
-        lines = inspect.getsource(keys).partition(':\n')[2].partition('\n\n')[0]
-        docstring = inspect.getdoc(sys.modules[keys.__module__])
-        print(f'{docstring}\n\nKeys, as in --key=value:\n{lines.rstrip()}', flush=True)
+    if '--help' in argv:
+        # The docstring of the script, and the class up to its first empty line.
+        print(inspect.getdoc(sys.modules[keys.__module__]))
+        print('\nKeys, as in --key=value:')
+        print(inspect.getsource(keys).partition(':\n')[2].partition('\n\n')[0].rstrip())
         sys.exit(0)
     known = {field.name: field for field in fields(keys)}
-    # A key that was saved and is no longer known is ignored.
     values = {key: value for key, value in (defaults or {}).items() if key in known}
     mistakes = []
-    # Config files and flags in the order they are given: later wins.
     for argument in argv:
-        if argument.startswith('--'):
-            entries = [read_flag(argument, keys)]
-        else:
-            entries = read_config_file(argument)
-        for key, node, where in entries:
+        for key, node in read(argument, keys):
             if key not in known:
                 nearest, = difflib.get_close_matches(key, known, n=1, cutoff=0)
-                mistakes.append(f'unknown key {key!r} {where}. Did you mean {nearest!r}?')
+                mistakes.append(f'unknown key {key!r} in {argument}. '
+                                f'Did you mean {nearest!r}?')
                 continue
             try:
                 values[key] = check_value(evaluate(node), known[key])
             except (ValueError, TypeError, ArithmeticError) as error:
-                mistakes.append(f'{key} {where}: {error}')
-    # problems() may only be asked once every single value is right.
+                mistakes.append(f'{key} in {argument}: {error}')
+    # Combinations can only be checked once every single value is right.
     if not mistakes:
         config = keys(**values)
         if check and hasattr(keys, 'problems'):
@@ -158,25 +147,25 @@ def load(keys, argv, defaults=None, check=True):
     return config
 
 
-# ---- running a script ----
-
 def precheck(name, keys, check=True):
-    """Find mistakes on the command line before a script's slow imports. name: its __name__."""
+    """Find mistakes on the command line before slow imports. name: the script's __name__."""
     if name == '__main__':
         run(lambda argv: load(keys, argv, check=check))
 
 
 def run(main):
-    """Call main(sys.argv[1:]). A UserError is printed without a traceback and exits with 2."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
-    sys.stdout.reconfigure(errors='backslashreplace')  # for terminals that lack a character
+    """Call main(sys.argv[1:]). A UserError is printed without a traceback; exit code 2."""
+    # Ctrl-C ends without a traceback, and a terminal may lack a character.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
         report(error)
         sys.exit(2)
-    except BrokenPipeError:  # whoever reads our output (head, less) has seen enough
+    # Whoever reads our output (head, less) has seen enough.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

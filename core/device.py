@@ -1,7 +1,6 @@
 """Where to compute, and in which precision."""
 import ctypes
 import sys
-from contextlib import nullcontext
 
 import torch
 
@@ -10,19 +9,19 @@ from configurator import UserError
 
 def pick_device(name):
     """'auto' -> cuda, mps or cpu, whichever is there first. UserError for one that is not."""
-    available = ['cpu']
-    numbered = []
-    if torch.backends.mps.is_available():
-        available.insert(0, 'mps')
+    available = []
     if torch.cuda.is_available():
         numbered = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-        available = ['cuda', *available, *numbered]
+        available = ['cuda', *numbered]
+    if torch.backends.mps.is_available():
+        available.append('mps')
+    available.append('cpu')
     if name == 'auto':
         name = available[0]
     if name not in available:
-        raise UserError(f'device={name!r} is not on this machine; it has {", ".join(available)}. '
-                        'Use --device=auto.')
-    if name in numbered:
+        raise UserError(f'device={name!r} is not on this machine; it has '
+                        f'{", ".join(available)}. Use --device=auto.')
+    if name.startswith('cuda:'):
         torch.cuda.set_device(name)
     if name.startswith('cuda'):
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32
@@ -30,7 +29,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The torch dtype of matrix products. 'auto' is bfloat16 where the hardware computes in it."""
+    """The torch dtype of matrix products; 'auto' is the fastest that the hardware has."""
     cuda = device.startswith('cuda')
     if name == 'float16' and not cuda:
         raise UserError(f'dtype=float16 needs a CUDA device, found {device}. Use --dtype=auto.')
@@ -46,19 +45,16 @@ def pick_dtype(name, device):
 
 def autocast(device, dtype):
     """The context to compute in: weights stay float32, matrix products are in dtype."""
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.split(':')[0], dtype)
+    return torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory for the next tensor, which saves a fifth of a step on a CPU.
+    """Make glibc keep freed memory for the next tensor: a fifth of a step on a CPU.
 
-    By default it maps and zeroes each large tensor anew. The price: the process never shrinks.
+    By default it maps and zeroes each large tensor anew. The process never shrinks.
     """
     if sys.platform == 'linux':
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)         # take everything from the heap, which is reused
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give the end of the heap back
-        libc.mallopt(M_TOP_PAD, 1 << 29)    # let the heap grow by 512 MiB at a time
+        libc.mallopt(-4, 0)        # M_MMAP_MAX: take everything from the heap
+        libc.mallopt(-1, -1)       # M_TRIM_THRESHOLD: never give its end back
+        libc.mallopt(-2, 1 << 29)  # M_TOP_PAD: let it grow by 512 MiB at a time

@@ -1,4 +1,4 @@
-"""Reading files safely, writing them whole or not at all, and one writer at a time."""
+"""Reading files safely, writing them whole or not at all, one writer at a time."""
 import contextlib
 import os
 
@@ -34,13 +34,11 @@ def write_whole(path, mode='w'):
         # Renaming is atomic: a reader sees the old file or the new one.
         os.replace(temporary, path)
         flush_folder(os.path.dirname(os.path.abspath(path)))
+    # torch.save hides the OSError of a full disk behind a RuntimeError.
     except (OSError, RuntimeError) as error:
-        # torch.save hides the OSError of a full disk behind a RuntimeError.
-        cause = error.__context__ or error
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f'cannot write {path}: {cause.strerror}. Make room or choose another '
-                        'folder; what was there before is unchanged.') from None
+        reason = error.__context__ or error
+        raise UserError(f'cannot write {path}: {reason}. Make room or choose another '
+                        'folder. What was there before is unchanged.') from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)  # only there if something failed
@@ -62,27 +60,22 @@ def flush_folder(folder):
 
 @contextlib.contextmanager
 def only_writer(folder, option='out_dir'):
-    """Make the folder and keep other processes from writing to it.
-
-    option: the key that chooses another folder, for the error message.
-    """
+    """Make the folder and be its only writer. option: the key that chooses another one."""
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = filelock.FileLock(os.path.join(folder, '.lock'), timeout=0, is_singleton=True)
-        lock.acquire()  # the system drops it when the process ends, however it ends
+        path = os.path.join(folder, '.lock')
+        # The system drops the lock when the process ends, however it ends.
+        lock = filelock.FileLock(path, timeout=0, is_singleton=True).acquire()
     except OSError as error:
         reason = error.strerror or 'another process is writing to it'
         raise UserError(f'cannot write to {folder}: {reason}. Use --{option}=FOLDER.') from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 class Bar(tqdm):
-    """A progress bar on standard error, only on a terminal and only for what takes over 2 s."""
-    monitor_interval = 0  # no thread of its own
+    """A progress bar, on a terminal only, for what takes over 2 s."""
 
     def __init__(self, *arguments, **options):
-        look = {'disable': None, 'delay': 2, 'leave': False, 'miniters': 0, 'dynamic_ncols': True}
-        super().__init__(*arguments, **{**look, **options})
+        look = {'disable': None, 'delay': 2, 'leave': False, 'miniters': 0}
+        super().__init__(*arguments, **look | options, dynamic_ncols=True)

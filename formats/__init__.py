@@ -1,1 +1,0 @@
-"""What only export.py and foreign checkpoints need."""

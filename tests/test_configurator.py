@@ -16,6 +16,8 @@ import configurator as c
 import train
 from configurator import REPOSITORY, UserError
 
+CODE = "__import__('os').system('touch hacked')"
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -67,66 +69,57 @@ def test_later_wins(config_file):
     assert load(a, defaults=saved) == Keys(batch_size=8, n_head=6, out_dir='a')
 
 
-CODE = "__import__('os').system('touch hacked')"
-
-
 @pytest.mark.parametrize('flag, value', [
-    ('--batch_size=0x10', 16), ('--n_embd=(7 // 2 + 1) * 6', 24), ('--n_embd=-12', -12),
-    ('--learning_rate=6e-4', 6e-4), ('--learning_rate=1', 1.0), ('--dropout=0.999', 0.999),
-    ('--learning_rate= 1 / 4 - 0.125', 0.125), ('--compile', True), ('--compile=True', True),
-    ('--compile=false', False), ('--loss_on=all', 'all'), ('--loss_on=', ''),
+    ('--batch_size=0x10', 16), ('--n_embd=(3 + 1) * -6', -24), ('--batch-size=2', 2),
+    ('--learning_rate=6e-4', 6e-4), ('--learning_rate=1', 1.0), ('--dropout= 1 / 4 - 0.125', 0.125),
+    ('--compile', True), ('--compile=True', True), ('--loss_on=all', 'all'), ('--loss_on=', ''),
     ('--out_dir=a=b=c', 'a=b=c'), ('--out_dir="1"+1', '"1"+1'), (f'--out_dir={CODE}', CODE)])
 def test_a_flag_is_a_literal_or_arithmetic_or_text(flag, value):
-    found = getattr(load(flag), flag[2:].partition('=')[0])
+    found = getattr(load(flag), flag[2:].partition('=')[0].replace('-', '_'))
     assert found == value and type(found) is type(value)
 
 
-def test_a_config_file_is_read(config_file):
-    config = load(config_file(
-        '\ufeff"""What it is for."""\nn_head = 8  # eight\nn_embd = (\n    8 * 64)\n'
-        'learning_rate = 2\nout_dir = "out/" + "é"\ncompile = True\n'))
-    assert config == Keys(n_head=8, n_embd=512, learning_rate=2.0, out_dir='out/é', compile=True)
-    assert type(config.learning_rate) is float
-
-
-def test_a_config_file_of_nanogpt_is_read(config_file):
+def test_config_files_of_ours_and_of_nanogpt_are_read(config_file):
+    ours = config_file('\ufeff"""What it is for."""\nn_head = 8  # eight\nn_embd = (\n    8 * 64)\n'
+                       'learning_rate = 2\nout_dir = "out/" + "é"\ncompile = True\n')
+    assert load(ours) == Keys(
+        n_head=8, n_embd=512, learning_rate=2.0, out_dir='out/é', compile=True)
     config = c.load(train.Config, [config_file(
-        'import time\nwandb_log = False\nwandb_project = "x"\nwandb_run_name = "ft-" + '
-        'str(time.time())\nalways_save_checkpoint = False\neval_interval = 5\neval_iters = 40\n'
-        'gradient_accumulation_steps = 5 * 8\nlr_decay_iters = 20\nmin_lr = 1e-5\n'
-        'warmup_iters = 2\ndecay_lr = False\nbeta2 = 0.99\nlog_interval = 1\n')])
+        'import time\nwandb_log = False\nwandb_project = "x"\nalways_save_checkpoint = False\n'
+        'wandb_run_name = "ft-" + str(time.time())\ngradient_accumulation_steps = 5 * 8\n'
+        'lr_decay_iters = 20\nmin_lr = 1e-5\nwarmup_iters = 2\ndecay_lr = False\n'
+        'eval_interval = 5\neval_iters = 40\nlog_interval = 1\nbeta2 = 0.99\n')])
     assert config.wandb_run_name == 'ft-' and config.gradient_accumulation_steps == 40
 
 
 INT = 'expected a value like 4'
 LITERAL = 'arithmetic on literals'
-NO_LINE = 'expected key = value. A config file is read, never executed.'
 
 
 @pytest.mark.parametrize('flag, found', [
-    ('--batch_size=2.0', f'found 2.0, {INT}'), ('--batch_size=True', INT), ('--batch_size', INT),
-    ('--batch_size=two words', f"found 'two words', {INT}"), ('--batch_size=abc', LITERAL),
-    ('--batch_size=9**9**9', LITERAL), ('--batch_size=1//0', 'by zero'),
-    ('--compile=1', 'found 1, expected a value like False'), ('--learning_rate=-0.1', 'at least 0'),
-    ('--batch_size=0', 'batch_size on the command line: found 0, expected at least 1'),
-    ('--dropout=1', 'expected at most 0.9999'), ('--loss_on=al', "'al', expected one of all"),
-    ('--batch_sise=4', "unknown key 'batch_sise' on the command line. Did you mean 'batch_size'?"),
-    ('--batch-size=4', "Did you mean 'batch_size'?"), ('-batch_size=4', 'written --key=value'),
-    ('config/none.py', 'config file config/none.py cannot be read: [Errno 2] No such file')])
+    ('--batch_size=2.0', f'found 2.0, {INT}'), ('--batch_size', INT),
+    ('--batch_size=two words', 'invalid syntax'), ('--batch_size=abc', LITERAL),
+    ('--batch_size=9**9**9', LITERAL), ('--batch_size=1/0', 'by zero'),
+    ('--compile=1', 'found 1, expected a value like False'),
+    ('--batch_size=0', 'batch_size in --batch_size=0: found 0, expected 1 to inf'),
+    ('--dropout=1', 'expected 0 to 0.9999'), ('--dropout=1e999 - 1e999', 'found nan'),
+    ('--loss_on=al', "'al', expected one of all"), ('-batch_size=4', 'Expected --key=value'),
+    ('--batch_sise=4', "unknown key 'batch_sise' in --batch_sise=4. Did you mean 'batch_size'?"),
+    ('config/none.py', 'config/none.py cannot be read: [Errno 2] No such file')])
 def test_a_wrong_flag_is_named(flag, found):
     line, = mistakes(flag)
     assert found in line
 
 
 @pytest.mark.parametrize('text, found', [
-    ('import os', f"found 'import os' in run.py line 1, {NO_LINE}"), (CODE, NO_LINE),
-    ('batch_size: int = 4', NO_LINE), ('batch_size = n_head = 4', NO_LINE), ('c.x = 1', NO_LINE),
-    ('\n\nbatch_sise = 4', "unknown key 'batch_sise' in run.py line 3. Did you mean 'batch_size'?"),
-    ('batch_size = "4"', f"batch_size in run.py line 1: found '4', {INT}"),
+    (CODE, 'in run.py, expected key = value'), ('batch_size: int = 4', 'expected key = value'),
+    ('batch_size = n_head = 4', 'key = value'), ('c.x = 1', 'key = value'),
+    ('batch_sise = 4', "unknown key 'batch_sise' in run.py. Did you mean 'batch_size'?"),
+    ('batch_size = "4"', f"batch_size in run.py: found '4', {INT}"),
     ('out_dir = 5', "found 5, expected a value like 'out'"), ('out_dir = word', LITERAL),
     (f'out_dir = {CODE}', LITERAL), ('out_dir = f"{open(\'hacked\', \'w\')}"', LITERAL),
     ('n_head = (lambda: open("hacked", "w"))()', LITERAL),
-    ('batch_size = = 4', 'invalid syntax (run.py, line 1)')])
+    ('\nbatch_size = = 4', 'run.py cannot be read: invalid syntax (<unknown>, line 2)')])
 def test_a_wrong_line_of_a_file_is_named_and_nothing_is_executed(config_file, text, found):
     line, = mistakes(config_file(text))
     assert found in line and os.listdir() == ['run.py']
@@ -174,8 +167,7 @@ def test_a_reader_that_has_seen_enough_ends_a_script_in_silence():
     assert (done.stdout, done.stderr) == ('x', '')
 
 
-@pytest.mark.parametrize('path', glob.glob(os.path.join(REPOSITORY, 'config', '*.py')))
+@pytest.mark.parametrize('path', glob.glob('config/*.py', root_dir=REPOSITORY))
 def test_every_config_file_loads_from_any_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = c.load(train.Config, ['config/' + os.path.basename(path)])
-    assert config == c.load(train.Config, [path]) != train.Config()
+    assert c.load(train.Config, [path]) != train.Config()

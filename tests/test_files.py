@@ -32,9 +32,8 @@ HIDDEN.__context__ = FULL
 
 
 @pytest.mark.parametrize('error, kind, said', [
-    (FULL, UserError, 'cannot write .*/file: No space left on device.'),
-    (HIDDEN, UserError, 'cannot write .*/file: No space left on device.'),
-    (RuntimeError('a bug'), RuntimeError, 'a bug'),
+    (FULL, UserError, 'cannot write .*/file: .*No space left on device.'),
+    (HIDDEN, UserError, 'cannot write .*/file: .*No space left on device.'),
     (KeyboardInterrupt('Ctrl-C'), KeyboardInterrupt, 'Ctrl-C')])
 def test_a_write_that_fails_changes_nothing(tmp_path, error, kind, said):
     path = tmp_path / 'file'
@@ -104,19 +103,14 @@ def test_a_second_writer_says_so_until_the_first_is_gone_though_its_workers_live
         os.kill(worker, signal.SIGKILL)
 
 
-class Terminal(io.StringIO):
-    """Standard error of a person."""
-
-    def isatty(self):
-        return True
-
-
 def test_training_is_shown_below_its_lines(monkeypatch, capsys, data, tmp_path, no_pictures):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
     impatient = functools.partialmethod(Bar.__init__, delay=0, mininterval=0)
     monkeypatch.setattr(Bar, '__init__', impatient)
-    monkeypatch.setattr(sys, 'stderr', Terminal())
+    monkeypatch.setattr(sys, 'stderr', terminal)
     run(data, tmp_path, max_iters=4, lr_decay_iters=4)
-    shown = sys.stderr.getvalue()
+    shown = terminal.getvalue()
     assert 'training:  50%' in shown and 'evaluating: 100%' in shown
     printed = capsys.readouterr().out
     assert 'step 4/4 | loss' in printed and 'training:' not in printed

@@ -1,1 +1,0 @@
-"""What only serve.py needs: batching, the API, the page."""

@@ -1,1 +1,0 @@
-"""Attacks on the promises: kills, fuzzing, clients that go away."""
