@@ -9,19 +9,18 @@ from configurator import UserError
 
 def pick_device(name):
     """'auto' -> cuda, mps or cpu, whichever is there first. UserError for one that is not."""
-    available = []
-    if torch.cuda.is_available():
-        numbered = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
-        available = ['cuda', *numbered]
+    available = ['cpu']
     if torch.backends.mps.is_available():
-        available.append('mps')
-    available.append('cpu')
+        available.insert(0, 'mps')
+    if torch.cuda.is_available():
+        available.insert(0, 'cuda')
     if name == 'auto':
         name = available[0]
-    if name not in available:
+    numbered = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
+    if name not in available + numbered:
         raise UserError(f'device={name!r} is not on this machine; it has '
                         f'{", ".join(available)}. Use --device=auto.')
-    if name.startswith('cuda:'):
+    if name in numbered:
         torch.cuda.set_device(name)
     if name.startswith('cuda'):
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in float32

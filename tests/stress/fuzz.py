@@ -6,7 +6,6 @@ A finding ends the run with a traceback. --first=NUMBER --inputs=1 shows it agai
 """
 import contextlib
 import glob
-import gzip
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
@@ -27,7 +27,7 @@ from data.oasst import prepare as oasst
 from model import GPT, GPTConfig
 
 # The file that is damaged, of those that make() writes.
-TARGETS = {'oasst': 'source', 'vocabulary': 'tokenizer.json', 'checkpoint': 'ckpt.pt'}
+TARGETS = {'oasst': 'trees.jsonl', 'checkpoint': 'ckpt.pt'}
 SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
 PIECES = [b'', b'\n', b'"', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
 VALUES = [None, True, -1, 0.5, float('nan'), '', '\0', '\ud800', '\n', [], {}, [None], {'': None}]
@@ -49,24 +49,20 @@ def damage_value(value, rng):
     return value
 
 
-def damage_bytes(data, rng):
-    """The data with something overwritten, inserted, left out, or cut off."""
+def damage(data, rng):
+    """The data with something overwritten, inserted, left out, or cut off.
+
+    In a file of JSON lines it is mostly a value that is replaced.
+    """
+    if data[:1] == b'{' and rng.random() < 0.7:
+        lines = data.splitlines()
+        i = rng.randrange(len(lines))
+        lines[i] = json.dumps(damage_value(json.loads(lines[i]), rng)).encode()
+        return b'\n'.join(lines)
     i = rng.randrange(len(data) + 1)
     piece = rng.choice([*PIECES, rng.randbytes(1), data[i:i + 9]])
     end = i + len(piece)
     return data[:i] + rng.choice([piece + data[end:], piece + data[i:], data[end:], b''])
-
-
-def damage(data, rng):
-    """The bytes of a file with some damage, in a file of JSON mostly to a value of one line."""
-    if data[:1] != b'{' or rng.random() < 0.3:
-        return damage_bytes(data, rng)
-    if rng.random() < 0.1:
-        return damage_bytes(gzip.compress(data, mtime=0), rng)
-    lines = data.splitlines()
-    i = rng.randrange(len(lines))
-    lines[i] = json.dumps(damage_value(json.loads(lines[i]), rng)).encode()
-    return b'\n'.join(lines)
 
 
 # ---- what is written, how each target is read once damaged, and what must hold ----
@@ -78,13 +74,8 @@ def message(name, role, *replies):
 
 def make(target):
     """Write all files into the current folder; returns the bytes of the one to damage."""
-    vocab = {tokenizer.to_unicode(token): i for i, token in enumerate(SMALL.tokens)}
-    merges = [['a', 'b'], [tokenizer.to_unicode(b' '), 't']]
-    model = {'vocab': vocab, 'merges': merges}
     answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
-    with open('tokenizer.json', 'w') as file:
-        json.dump({'added_tokens': [], 'model': model}, file)
-    with open('source', 'w') as file:
+    with open('trees.jsonl', 'w') as file:
         for name in 'uvw':
             tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
             print(json.dumps(tree), file=file)
@@ -97,19 +88,12 @@ def make(target):
         return file.read()
 
 
-def read_vocabulary():
-    bpe = tokenizer.load('tokenizer.json')
-    text = 'the user\'s é 🙂\0</user> <|endoftext|>'
-    ids = bpe.encode(text).tolist()
-    assert bpe.decode(ids) == text and not {*ids} & {*bpe.special.values()}
-    assert max(ids) < bpe.vocab_size <= 2 ** 16
-
-
 def read_oasst():
     """Whole token files that read back and whose counts add up, or those of before, untouched."""
     before = {path: os.stat(path).st_ino for path in glob.glob('out/*')}
     try:
-        oasst.main(['--input=source', '--out_dir=out', '--tokenizer=tokenizer.json'])
+        with mock.patch.object(tokenizer, 'load', return_value=SMALL):
+            oasst.main(['--input=trees.jsonl', '--out_dir=out'])
     except UserError:
         assert before == {path: os.stat(path).st_ino for path in glob.glob('out/*')}
         raise
@@ -138,20 +122,18 @@ def check(target, data, number):
     except UserError as error:
         assert '\n' not in str(error)
         return False
+    except Exception as error:
+        error.add_note(f'Found with --first={number}.')
+        raise
     return True
 
 
 def main(argv):
     config = configurator.load(Config, argv)
-    n_read = 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         data = make(config.target)
-        for number in range(config.first, config.first + config.inputs):
-            try:
-                n_read += check(config.target, data, number)
-            except Exception as error:
-                error.add_note(f'Found with --first={number}.')
-                raise
+        numbers = range(config.first, config.first + config.inputs)
+        n_read = sum(check(config.target, data, number) for number in numbers)
     print(f'{config.target}: {config.inputs:,} inputs, {n_read:,} of them read')
 
 

@@ -63,10 +63,9 @@ def start(config, out_dir, die_at=0):
         port = free.getsockname()[1]
     pids = []
     for rank in range(config.processes):
-        pid = os.fork()
-        if not pid:
+        pids.append(os.fork())
+        if not pids[-1]:
             live(config, out_dir, rank, port, die_at)
-        pids.append(pid)
     return pids
 
 
@@ -107,24 +106,17 @@ def live(config, out_dir, rank, port, die_at):
         os._exit(status)
 
 
-def wait(pids, until=float('inf')):
-    """{pid: exit status} of those that have ended, when all have, or at this time."""
-    ended = {}
-    limit = time.monotonic() + LIMIT_S
-    while len(ended) < len(pids) and time.monotonic() < until:
-        for pid in set(pids) - set(ended):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                ended[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > limit:
-            raise UserError(f'{len(pids) - len(ended)} processes hang, such as {pids}')
-        time.sleep(0.0002)
-    return ended
+def wait(pids):
+    """The set of the exit codes, when all have ended. If one hangs, SIGALRM ends this script."""
+    signal.alarm(LIMIT_S)
+    codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}
+    signal.alarm(0)
+    return codes
 
 
 def finish(config, out_dir):
     """Run it to the end; UserError if it fails."""
-    codes = set(wait(start(config, out_dir)).values())
+    codes = wait(start(config, out_dir))
     if codes != {0}:
         raise UserError(f'it ended with {codes}; see {out_dir} and output.txt beside it')
 
@@ -135,22 +127,19 @@ def kill(config, out_dir, rng, kind, seconds):
     seconds: how long an undisturbed life takes.
     """
     pids = start(config, out_dir, rng.randint(1, 40) if kind == 'operation' else 0)
-    ended = {}
     if kind != 'operation':
-        ended = wait(pids, time.monotonic() + rng.uniform(0, seconds / 2))
-        alive = [pid for pid in pids if pid not in ended]
-        least = min(1, len(alive))
+        time.sleep(rng.uniform(0, seconds / 2))
+        least = 1
         if kind == 'stopping':
-            for pid in rng.sample(alive, rng.randint(least, len(alive))):
+            for pid in rng.sample(pids, rng.randint(1, len(pids))):
                 os.kill(pid, signal.SIGTERM)
             time.sleep(rng.uniform(0, 0.1))
             least = 0
-        for pid in rng.sample(alive, rng.randint(least, len(alive))):
+        for pid in rng.sample(pids, rng.randint(least, len(pids))):
             os.kill(pid, signal.SIGKILL)
-    ended |= wait([pid for pid in pids if pid not in ended])
+    codes = wait(pids)
     # Of several, those that were not killed must notice, and end with a line and exit code 2.
     # Stopped, all end with 0. -SIGTERM: it came before the run listened for it.
-    codes = set(ended.values())
     others = codes - {-signal.SIGKILL, -signal.SIGTERM}
     if others not in (set(), {0}, {2}) or codes == {2}:
         raise UserError(f'exit codes {codes} after a kill; see {out_dir} and output.txt beside it')
