@@ -10,7 +10,8 @@ import torch
 
 import configurator
 from configurator import REPOSITORY, UserError
-from core import checkpoint, tokenfile
+from conftest import JAPAN, write_data
+from core import checkpoint
 
 BENCH = os.path.join(REPOSITORY, 'bench')
 
@@ -23,13 +24,14 @@ def load(name):
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
-    """bench(name, *arguments) -> what bench/NAME.py prints."""
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, 'argv', [os.path.join(BENCH, f'{name}.py')])
-        load(name).main(list(arguments))
-        return capsys.readouterr().out
-    return run
+def folder(small, tmp_path, monkeypatch):
+    """The current folder, with a prepared folder data and a tree of one answer."""
+    monkeypatch.chdir(tmp_path)
+    write_data('data', small, {'train': [JAPAN] * 2, 'val': [JAPAN] * 2})
+    answer = {'text': 'Hi', 'role': 'assistant', 'lang': 'en', 'replies': []}
+    question = {'text': 'Hello', 'role': 'prompter', 'lang': 'en', 'replies': [answer]}
+    with open('trees.jsonl', 'w') as file:
+        json.dump({'message_tree_id': 'a', 'prompt': question}, file)
 
 
 def test_rounds_go_back_and_forth_and_medians_are_compared():
@@ -41,44 +43,26 @@ def test_rounds_go_back_and_forth_and_medians_are_compared():
     assert '| two | 2.0 | 2.0 … 2.0 | 0.50 |  |' in table
 
 
-@pytest.fixture
-def prepared(small, tmp_path):
-    """A prepared folder of four conversations."""
-    two = [(range(20), [0, 1] * 10)] * 2
-    tokenfile.write(str(tmp_path), {'train': two, 'val': two},
-                    {'template': 'xml', 'tokenizer': small.state()})
-    return str(tmp_path)
+DECODING = '--shape=tiny --rounds=1 --new_tokens=3 --prompt=4 --players='
 
 
-def test_training_by_another_checkout(bench, prepared):
-    out = bench('training', f'--data={prepared}', '--shape=tiny', '--block_size=32', '--rounds=1',
-                '--players=other-ours', f'--other={REPOSITORY}')
-    assert '| other-ours |' in out
-
-
-def test_training_until_a_loss_is_reached(bench, prepared):
-    out = bench('learning', f'--data={prepared}', '--shape=tiny', '--block_size=32',
-                '--players=ours', '--until=5.5', '--every=2', '--learning_rate=1e-2')
-    reached = re.search(r'ours: val_loss (.*) after \d+ steps\n', out)
-    assert 4 < float(reached[1]) <= 5.5
-
-
-@pytest.mark.parametrize('player, package', [
-    ('ours-float32', 'torch'), ('ct2-int8', 'ctranslate2'), ('ct2-float32', 'ctranslate2')])
-def test_decoding(bench, gpt2, player, package):
+@pytest.mark.parametrize('name, arguments, printed, package', [
+    ('training', '--data=data --shape=tiny --block_size=64 --rounds=1 --players=other-ours '
+     f'--other={REPOSITORY}', '| other-ours |', 'torch'),
+    ('learning', '--data=data --shape=tiny --block_size=64 --players=ours --until=5.5 --every=2 '
+     '--learning_rate=1e-2', r'ours: val_loss [0-5]\..* after \d+ steps', 'torch'),
+    ('decoding', DECODING + 'ours-float32', '| ours-float32 |', 'torch'),
+    ('decoding', DECODING + 'ct2-int8', '| ct2-int8 |', 'ctranslate2'),
+    ('preparing', '--input=trees.jsonl --copies=3 --players=ours --rounds=1', '| ours |', 'torch'),
+    ('scaling', '--conversations=1000', '| 1,000 |', 'torch'),
+    ('gpu', '--device=cpu --shape=tiny --parts=attention,gradients,steps,answers',
+     'nothing failed\n$', 'torch')])
+def test_a_benchmark_plays_a_round(
+        folder, gpt2, monkeypatch, capsys, name, arguments, printed, package):
     pytest.importorskip(package, reason='pip install -r requirements-bench.txt')
-    out = bench('decoding', '--shape=tiny', f'--players={player}', '--rounds=1',
-                '--new_tokens=3', '--prompt=4')
-    assert f'| {player} |' in out
-
-
-def test_preparing(bench, gpt2, tmp_path):
-    answer = {'text': 'Hi', 'role': 'assistant', 'lang': 'en', 'replies': []}
-    question = {'text': 'Hello', 'role': 'prompter', 'lang': 'en', 'replies': [answer]}
-    path = tmp_path / 'trees.jsonl'
-    path.write_text(json.dumps({'message_tree_id': 'a', 'prompt': question}) + '\n')
-    out = bench('preparing', f'--input={path}', '--copies=3', '--players=ours', '--rounds=1')
-    assert out.startswith('3 conversations') and '| ours |' in out
+    monkeypatch.setattr(sys, 'argv', [os.path.join(BENCH, f'{name}.py')])
+    load(name).main(arguments.split())
+    assert re.search(printed.replace('|', r'\|'), capsys.readouterr().out)
 
 
 def test_the_folder_to_start_from_is_one_that_sample_py_opens(gpt2, tmp_path):
@@ -86,23 +70,11 @@ def test_the_folder_to_start_from_is_one_that_sample_py_opens(gpt2, tmp_path):
     assert checkpoint.open_model(str(tmp_path)).tokenizer.sha256 == gpt2.sha256
 
 
-def test_packing(bench):
-    assert '| 1,000 |' in bench('scaling', '--conversations=1000')
-
-
 @pytest.mark.parametrize('name', ['training', 'learning', 'decoding', 'serving', 'preparing',
                                   'starting'])
 def test_an_unknown_player_is_refused(name):
     with pytest.raises(UserError, match="^players='nobody': expected "):
         configurator.load(load(name).Config, ['--players=nobody'])
-    if name == 'decoding':
-        with pytest.raises(UserError, match='--other=FOLDER'):
-            configurator.load(load(name).Config, ['--players=other-hf-float32'])
-
-
-def test_the_checks_of_a_gpu_find_nothing_on_a_cpu(bench):
-    out = bench('gpu', '--device=cpu', '--shape=tiny', '--parts=attention,gradients,steps,answers')
-    assert out.endswith('nothing failed\n')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')

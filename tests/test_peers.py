@@ -1,6 +1,5 @@
 """Other programs on an exported folder: TRL and llama.cpp. Each is optional."""
 import os
-import subprocess
 import sys
 
 import pytest
@@ -60,13 +59,15 @@ def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, vocabular
     assert result.global_step == 1 and 0 < result.training_loss < 20
 
 
-def check_llama_cpp(path, source):
-    """llama.cpp, with the file at path, has our ids, text and stops."""
+def test_llama_cpp_answers_as_we_do(tuned, tmp_path):
+    """It has our ids, text and stops."""
+    pytest.importorskip('gguf', reason=WHY)
     llama_cpp = pytest.importorskip('llama_cpp', reason=WHY)
-    opened = checkpoint.open_model(source)
+    path = exported(tuned, tmp_path / 'my', gguf=True) + '/model.gguf'
+    opened = checkpoint.open_model(tuned)
     bpe = opened.tokenizer
     window = opened.model.config.block_size
-    llama = llama_cpp.Llama(str(path), n_ctx=window, n_threads=1, verbose=False)
+    llama = llama_cpp.Llama(path, n_ctx=window, n_threads=1, verbose=False)
     assert llama.n_vocab() == bpe.vocab_size
     for text in (JAPAN, 'It\'s "12" words;\n\n  done ', 'Grüße! こんにちは 🙂'):
         ids = conversation.prompt([Turn('user', text)], bpe, opened.template)
@@ -85,12 +86,6 @@ def check_llama_cpp(path, source):
     special = [bpe.decode([i]) for i in ids if i >= bpe.end_of_text]
     assert special == ['<conversation>', '<user>', '</user>', '<assistant>']
     llama.close()
-
-
-def test_llama_cpp_answers_as_we_do(tuned, tmp_path):
-    pytest.importorskip('gguf', reason=WHY)
-    folder = exported(tuned, tmp_path / 'my', gguf=True)
-    check_llama_cpp(os.path.join(folder, 'model.gguf'), tuned)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -122,18 +117,3 @@ def test_gguf_cannot_be_had_without_its_package_or_of_the_exact_gelu(
     with pytest.raises(UserError, match=WHY):
         exported(tuned, tmp_path / 'my', gguf=True)
     assert os.listdir(tmp_path) == ['exact']
-
-
-def test_llama_cpps_own_converter_accepts_the_folder(tmp_path, gpt2, save_model):
-    """It knows GPT-2's vocabulary by its hash; for one of our own there is --gguf=True."""
-    converter = os.path.join(os.environ.get('LLAMA_CPP', ''), 'convert_hf_to_gguf.py')
-    if not os.path.isfile(converter):
-        pytest.skip('no convert_hf_to_gguf.py: LLAMA_CPP=FOLDER names the sources of llama.cpp')
-    source = save_model(tmp_path / 'out', gpt2, steps=20)
-    folder = exported(source, tmp_path / 'my')
-    path = tmp_path / 'x.gguf'
-    done = subprocess.run(
-        [sys.executable, converter, folder, '--outfile', str(path), '--outtype', 'f32'],
-        capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    check_llama_cpp(path, source)
