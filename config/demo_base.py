@@ -13,7 +13,7 @@ n_layer = 3
 n_head = 4
 n_embd = 96
 
-# 8 rows of 128 positions a step: many small steps learn more in the same time than few large ones.
+# 8 rows of 128 positions a step: in the same time, many small steps learn more.
 block_size = 128
 batch_size = 8
 gradient_accumulation_steps = 1
@@ -27,4 +27,5 @@ learning_rate = 3e-3
 warmup_iters = 100
 weight_decay = 0.1
 
-dtype = 'float32'  # at this width bfloat16 spends more on conversions than it saves
+# At this width bfloat16 spends more on conversions than it saves.
+dtype = 'float32'

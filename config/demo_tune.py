@@ -8,7 +8,7 @@ out_dir = 'out/demo'
 init_from = 'out/demo-base'
 data_dir = '.'
 
-# Conversations mixed with the base's own prose, three tokens to one, so that it forgets nothing.
+# Conversations and the base's own prose, three tokens to one: it forgets nothing.
 # To see it forget: --dataset=demo/chat. The first data set decides the template.
 dataset = 'demo/chat,demo/prose'
 

@@ -1,25 +1,28 @@
-"""distilgpt2 on Stanford Alpaca's 52,002 instructions, on CUDA, Apple's MPS or a CPU.
+"""distilgpt2 on Stanford Alpaca's 52,002 instructions.
 
     python data/alpaca/prepare.py --max_tokens=513
     python train.py config/finetune_alpaca.py
-    python evaluate.py --models=distilgpt2,out/alpaca --dataset=alpaca     # answers side by side
+    python evaluate.py --models=distilgpt2,out/alpaca --dataset=alpaca
 
 The data are CC BY-NC 4.0: a model trained on them is not for commercial use.
 
-Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what a micro-batch keeps for the backward pass. On
-a CPU a pass takes hours: two shared cores need about a minute a step. For a look:
---max_iters=50 --eval_interval=25 --eval_iters=10. The corrected data: prepare with
---source=alpaca-cleaned, train with --dataset=alpaca-cleaned --out_dir=out/alpaca-cleaned.
+Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what a micro-batch keeps for the
+backward pass. On a CPU a pass takes hours: two shared cores need about a minute a
+step. For a look: --max_iters=50 --eval_interval=25 --eval_iters=10. The corrected
+data: prepare with --source=alpaca-cleaned, train with --dataset=alpaca-cleaned
+--out_dir=out/alpaca-cleaned.
 
 As published (the InstructAI project) / here
-- The same: distilgpt2 on Stanford's 52,002 rows; base and tuned answers side by side.
-- The prompt begins with "### Instruction:" / Stanford's own prompt, with its first sentence.
-  As published: prepare with --template=alpaca-short.
+- The same: distilgpt2, Stanford's 52,002 rows, base and tuned answers side by side.
+- The prompt begins with "### Instruction:" / Stanford's own prompt, with its first
+  sentence. As published: prepare with --template=alpaca-short.
 - Loss on the whole sequence / on the response. As published: --loss_on=all.
-- The project does not state its learning rate, batch size and epochs / Stanford's number of epochs
-  and share of warm-up; a higher learning rate, since Stanford's 2e-5 was for 7 billion parameters.
-- Rows of over 513 tokens: unknown / cut, 67 of the 52,002; one whose prompt is longer is left out.
-- No loss was published. Expected loss and time are unknown: no weights could be downloaded here.
+- Learning rate, batch size and epochs unknown / Stanford's epochs and warm-up; a
+  higher learning rate, since Stanford's 2e-5 was for 7 billion parameters.
+- Rows of over 513 tokens: unknown / cut, 67 of the 52,002; left out if the prompt is
+  longer.
+- No loss was published. Expected loss and time are unknown: no weights could be
+  downloaded here.
 """
 out_dir = 'out/alpaca'
 init_from = 'distilgpt2'
@@ -32,10 +35,12 @@ block_size = 512
 
 # 49,305 conversations fill 10,790 rows: 338 steps of 32 rows a pass.
 epochs = 3.0
-eval_interval = 67  # five times a pass
+# five times a pass
+eval_interval = 67
 patience = 5
 
 learning_rate = 5e-5
-warmup_iters = 30  # 3 % of the steps
+# 3 % of the steps
+warmup_iters = 30
 weight_decay = 0.0
 dropout = 0.0

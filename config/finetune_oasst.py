@@ -3,22 +3,24 @@
     python data/oasst/prepare.py
     python train.py config/finetune_oasst.py
     python sample.py --init_from=resume --user="What's the capital of France?"
-    python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst     # before and after
+    python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
 
-Memory on a GPU: 355 M parameters in float32, with gradients and AdamW's two moments, take
-355e6 * 16 bytes = 5.7 GB; the rest is what a micro-batch keeps for the backward pass, at most about
-7 GB more. Have 16 GB, or make the micro-batches smaller: --batch_size=1
---gradient_accumulation_steps=32 is the same step. On a CPU use config/finetune_oasst_cpu.py.
+Memory on a GPU: 355 M parameters in float32, with gradients and AdamW's two moments,
+take 355e6 * 16 bytes = 5.7 GB. What a micro-batch keeps for the backward pass is at
+most about 7 GB more. Have 16 GB, or take --batch_size=1
+--gradient_accumulation_steps=32, which is the same step. On a CPU use
+config/finetune_oasst_cpu.py.
 
 As published (the blog post behind this project) / here
-- The same: gpt2-medium; the root of each tree and each direct reply as one conversation; the tags.
-- oasst1 in all languages / oasst2, English only, without deleted and rejected messages. As
-  published: --source=oasst1 --lang=all.
-- Tags as plain text, each on its own line / tags are tokens of their own, nothing between them.
+- The same: gpt2-medium, the tags; the root of each tree and each direct reply as one
+  conversation.
+- oasst1 in all languages / oasst2, English only, without deleted and rejected
+  messages. As published: --source=oasst1 --lang=all.
+- Tags as plain text, each on its own line / tokens of their own, nothing between them.
 - Loss on every token / on the answers. As published: --loss_on=all.
-- Conversations run on from one to the next / each is isolated, and longer ones are cut.
-- No learning rate, batch size or loss was published. Expected loss and time are unknown: no weights
-  could be downloaded where this was written.
+- Conversations run on from one to the next / each is isolated, and longer ones cut.
+- No learning rate, batch size or loss was published. Expected loss and time are
+  unknown: no weights could be downloaded where this was written.
 """
 out_dir = 'out/oasst'
 init_from = 'gpt2-medium'

@@ -4,8 +4,8 @@
     python train.py config/finetune_oasst_cpu.py
     python sample.py --init_from=resume --user="What's the capital of France?"
 
-A row of 512 positions holds a conversation of 513 tokens: the last one is only predicted. How this
-differs from the published run: see config/finetune_oasst.py.
+A row of 512 positions holds a conversation of 513 tokens: the last one is only
+predicted. How this differs from the published run: see config/finetune_oasst.py.
 """
 out_dir = 'out/oasst-cpu'
 init_from = 'distilgpt2'
@@ -20,5 +20,6 @@ max_iters = 300
 eval_interval = 50
 log_interval = 1
 
-learning_rate = 5e-5  # higher than for the large model: a step sees a quarter of the tokens
+# Higher than for the large model: a step sees a quarter of the tokens.
+learning_rate = 5e-5
 warmup_iters = 10

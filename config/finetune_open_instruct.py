@@ -1,31 +1,33 @@
-"""DialoGPT-medium on 100,000 rows of open-instruct-v1: short requests, short answers, no markup.
+"""DialoGPT-medium on 100,000 rows of open-instruct-v1: short answers, no markup.
 
-    python data/alpaca/prepare.py --source=open-instruct --template=plain --max_tokens=128 \
-        --shuffle_seed=42 --train_rows=100000
+    python data/alpaca/prepare.py --source=open-instruct --template=plain \
+        --max_tokens=128 --shuffle_seed=42 --train_rows=100000
     python train.py config/finetune_open_instruct.py
-    python sample.py --init_from=resume --user="Should I invest in stocks?" --trim=sentence \
-        --temperature=0 --max_new_tokens=64
+    python sample.py --init_from=resume --user="Should I invest in stocks?" \
+        --trim=sentence --temperature=0 --max_new_tokens=64
 
 As published ("GPT-2 Instruct") / here
-- The same: DialoGPT-medium, instruction, input and output joined by spaces, 128 tokens, shuffle 42,
-  100,000 rows to train, longer ones cut (14 % of Stanford's rows, which are a quarter of these),
-  batches of 32 examples, one epoch, the Trainer's 5e-5 decaying to 0, AdamW without weight decay,
-  answers cut at the last full stop.
+- The same: DialoGPT-medium; instruction, input and output joined by spaces; 128
+  tokens, longer ones cut (14 % of Stanford's rows, which are a quarter of these);
+  shuffle 42, 100,000 rows to train; batches of 32 examples, one epoch, the Trainer's
+  5e-5 decaying to 0, no weight decay; answers cut at the last full stop.
 - Linear decay / cosine decay.
-- The whole repository, 498,813 rows, is shuffled: its parts were counted twice, so that test rows
-  had been trained on / only the main file, 222,650 rows.
-- Loss on every token, and never on <|endoftext|> / on answers and their end. Prompts as well:
-  --loss_on=all.
-- Examples are padded / packed: a row of 128 positions holds 1.9 of Stanford's, so 17 rows are about
-  the 32 examples of a published step.
-- Greedy answers of 64 tokens, prompt included / the options above, which do not count the prompt.
-- No loss was published. Expected loss and time are unknown: no weights could be downloaded here.
+- All 498,813 rows of the repository are shuffled, whose parts were counted twice, so
+  that test rows had been trained on / only the main file's 222,650 rows.
+- Loss on every token, and never on <|endoftext|> / on answers and their end. Prompts
+  as well: --loss_on=all.
+- Examples are padded / packed: a row of 128 positions holds 1.9 of Stanford's, so 17
+  rows are about the 32 examples of a published step.
+- Greedy answers of 64 tokens, prompt included / the options above do not count it.
+- No loss was published. Expected loss and time are unknown: no weights could be
+  downloaded here.
 """
 out_dir = 'out/open-instruct'
 init_from = 'microsoft/DialoGPT-medium'
 dataset = 'open-instruct'
 
-batch_size = 17  # 17 rows * 1.9 examples: about 32 examples a step
+# 17 rows * 1.9 examples: about 32 examples a step
+batch_size = 17
 gradient_accumulation_steps = 1
 block_size = 128
 epochs = 1.0
