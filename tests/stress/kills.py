@@ -57,43 +57,44 @@ def make_data(folder):
 
 
 def start(config, out_dir, die_at=0):
-    """Fork the processes of one life; returns their ids. die_at: see live."""
+    """Fork the processes of one life; returns their ids.
+
+    die_at: the first kills itself just before so many operations on files of out_dir.
+    """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    pids = []
-    for rank in range(config.processes):
-        pids.append(os.fork())
-        if not pids[-1]:
-            live(config, out_dir, rank, port, die_at)
-    return pids
-
-
-def live(config, out_dir, rank, port, die_at):
-    """In a child: train, from the checkpoint if there is one. Never returns.
-
-    die_at: the first process kills itself just before so many operations on files of out_dir.
-    """
-    base = os.path.dirname(out_dir)
-    with open(os.path.join(base, 'output.txt'), 'a') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
-                      WORLD_SIZE=str(config.processes), MASTER_PORT=str(port))
+    flags = ['--init_from=resume', f'--out_dir={out_dir}']
+    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+        flags = conftest.flags(
+            os.path.dirname(out_dir), out_dir, dataset='data', n_layer=3, n_embd=96,
+            gradient_accumulation_steps=4, max_iters=config.steps, lr_decay_iters=0,
+            eval_interval=4, log_interval=3, learning_rate=3e-3, timeout_s=20, overwrite=True)
     numbers = itertools.count(1)
 
     def hook(operation, arguments):
         counts = operation in OPERATIONS and str(arguments[0]).startswith(out_dir)
         if counts and next(numbers) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 0:
-        sys.addaudithook(hook)
-    flags = ['--init_from=resume', f'--out_dir={out_dir}']
-    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
-        flags = conftest.flags(
-            base, out_dir, dataset='data', n_layer=3, n_embd=96, gradient_accumulation_steps=4,
-            max_iters=config.steps, lr_decay_iters=0, eval_interval=4, log_interval=3,
-            learning_rate=3e-3, timeout_s=20, overwrite=True)
+
+    pids = []
+    for rank in range(config.processes):
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        if rank == 0:
+            sys.addaudithook(hook)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
+                          WORLD_SIZE=str(config.processes), MASTER_PORT=str(port))
+        train_and_exit(flags, os.path.join(os.path.dirname(out_dir), 'output.txt'))
+    return pids
+
+
+def train_and_exit(flags, output):
+    """In a child: run train.py. Never returns."""
+    with open(output, 'a') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     sys.argv = ['train.py', *flags]
     status = 1
     try:
