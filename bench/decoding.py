@@ -83,10 +83,13 @@ def make_ct2(config, dtype):
     import ctranslate2
     import transformers
     with tempfile.TemporaryDirectory() as folder:
-        starting.make_folder(config.shape, folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = starting.make_folder(config.shape, folder)
+        # CTranslate2 wants tokens that we have no use for.
+        wanted = {'bos_token': '<|endoftext|>', 'unk_token': '<|endoftext|>'}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **wanted)
+        tokenizer.save_pretrained(model)
         converted = os.path.join(folder, 'converted')
-        ctranslate2.converters.TransformersConverter(folder).convert(converted, quantization=dtype)
+        ctranslate2.converters.TransformersConverter(model).convert(converted, quantization=dtype)
         generator = ctranslate2.Generator(
             converted, config.device, compute_type=dtype, intra_threads=torch.get_num_threads())
 

@@ -20,18 +20,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import contest  # also finds the repository's modules
 import requests
-import torch
 
 import configurator
 from configurator import REPOSITORY, Count
-from core import checkpoint, tokenizer
-from model import GPT, GPTConfig
-from training import SHAPES
+from contest import SHAPES
+from starting import make_folder
 
 SERVE = [sys.executable, os.path.join(REPOSITORY, 'serve.py'),
          '--init_from={model}', '--port={port}', '--dtype={dtype}']
@@ -59,20 +57,6 @@ class Config:
 
     def problems(self):
         return contest.problems(self.players, '', '|'.join(PLAYERS), ', '.join(PLAYERS))
-
-
-def make_model(shape, folder):
-    """Export a model of random weights with the template xml; returns its folder."""
-    n_layer, n_head, n_embd = SHAPES[shape]
-    bpe = tokenizer.load('gpt2')
-    torch.manual_seed(0)
-    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=bpe.vocab_size)
-    weights = GPT(config).state_dict()
-    saved = checkpoint.Checkpoint(weights, asdict(config), 'xml', bpe.state(), {}, 0, None)
-    checkpoint.save(saved, os.path.join(folder, 'ckpt.pt'))
-    command = [sys.executable, 'export.py', f'--init_from={folder}', f'--out={folder}/model']
-    subprocess.run(command, cwd=REPOSITORY, check=True)
-    return f'{folder}/model'
 
 
 def ask(config, url, client, number):
@@ -150,7 +134,7 @@ def main(argv):
         play(config)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(config.shape, folder)
+        model = make_folder(config.shape, folder)
         print(contest.versions('torch', 'uvicorn', 'transformers'))
         for n_clients in config.clients.split(','):
             more = [f'--model={model}', f'--clients={n_clients}']

@@ -4,20 +4,18 @@
     python bench/starting.py --model=FOLDER     # a GPT-2 and its tokenizer in transformers' form
     python bench/starting.py --players=ours,other-ours --other=FOLDER
 
-Timed is a process from its start until its answer's first line. Without --model, a folder with
-random weights and GPT-2's vocabulary is made.
+Timed is a process from its start until its answer's first line. Without --model, one with
+random weights is exported.
 """
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import contest  # first: it puts the repository on the path
-from tiktoken.load import read_file_cached
 
 import configurator
 from configurator import REPOSITORY, Count
@@ -47,24 +45,21 @@ class Config:
 
 
 def make_folder(shape, folder):
-    """Save a model with random weights and GPT-2's tokenizer, as transformers does."""
+    """Export a model of random weights, with GPT-2's vocabulary and the tags; its folder."""
     import torch
-    import transformers
+    from core import checkpoint
+    from model import GPT, GPTConfig
     n_layer, n_head, n_embd = SHAPES[shape]
+    bpe = tokenizer.load('gpt2')
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    merges = read_file_cached(tokenizer.GPT2_MERGES, tokenizer.GPT2_MERGES_SHA256)
-    tokens = tokenizer.load('gpt2', tags=False).tokens
-    vocabulary = {tokenizer.to_unicode(token): i for i, token in enumerate(tokens)}
-    vocabulary[tokenizer.END_OF_TEXT] = 50256
-    files = {'merges.txt': merges.decode(), 'vocab.json': json.dumps(vocabulary),
-             'tokenizer_config.json': '{"tokenizer_class": "GPT2Tokenizer"}'}
-    for name, text in files.items():
-        with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-            file.write(text)
-    # Again in the form that loads fastest, tokenizer.json.
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=bpe.vocab_size)
+    saved = checkpoint.Checkpoint(
+        model=GPT(config).state_dict(), model_args=asdict(config), template='xml',
+        tokenizer=bpe.state(), config={}, step=0, val_loss=None)
+    checkpoint.save(saved, os.path.join(folder, 'ckpt.pt'))
+    command = [sys.executable, 'export.py', f'--init_from={folder}', f'--out={folder}/model']
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    return f'{folder}/model'
 
 
 def first_line(command):
@@ -84,10 +79,7 @@ def main(argv):
     config = configurator.load(Config, argv)
     names = config.players.split(',')
     with tempfile.TemporaryDirectory() as made:
-        folder = config.model
-        if not folder:
-            folder = made
-            make_folder(config.shape, folder)
+        folder = config.model or make_folder(config.shape, made)
 
         def command(name):
             if name == 'pipeline':

@@ -66,8 +66,8 @@ def test_a_benchmark_plays_a_round(
 
 
 def test_the_folder_to_start_from_is_one_that_sample_py_opens(gpt2, tmp_path):
-    load('starting').make_folder('tiny', str(tmp_path))
-    assert checkpoint.open_model(str(tmp_path)).tokenizer.sha256 == gpt2.sha256
+    folder = load('starting').make_folder('tiny', str(tmp_path))
+    assert checkpoint.open_model(folder).tokenizer.sha256 == gpt2.sha256
 
 
 @pytest.mark.parametrize('name', ['training', 'learning', 'decoding', 'serving', 'preparing',

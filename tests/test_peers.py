@@ -9,8 +9,8 @@ import evaluate
 import export
 from configurator import UserError
 from core import checkpoint, conversation, readback
-from core import tokenizer as tokenizers
 from core.conversation import Turn
+from core.tokenizer import Tokenizer
 
 pytest.importorskip('transformers')
 JAPAN = 'What is the capital of Japan?'
@@ -33,12 +33,12 @@ def tuned(tmp_path_factory, small, save_model):
 
 
 @pytest.mark.parametrize('template', ['xml', 'plain'])
-def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, vocabulary, save_model):
+def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, small, save_model):
     trl = pytest.importorskip('trl', reason=WHY)
     import datasets
     source = tuned
     if template == 'plain':
-        bpe = tokenizers.load(vocabulary, tags=False)
+        bpe = Tokenizer('plain', small.tokens, tags=False)
         source = save_model(tmp_path / 'out', bpe, template)
     folder = exported(source, tmp_path / 'my')
     config = trl.SFTConfig(
@@ -49,7 +49,7 @@ def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, vocabular
              {'role': 'assistant', 'content': ' </user> Tokyo'}]
     rows = datasets.Dataset.from_list([{'messages': FRANCE}, {'messages': tokyo}])
     trainer = trl.SFTTrainer(folder, args=config, train_dataset=rows)
-    bpe = tokenizers.load(folder, tags=template == 'xml')
+    bpe = checkpoint.open_model(source).tokenizer
     for row, example in zip(rows, trainer.train_dataset):
         turns = readback.from_messages(row['messages'])
         ids, mask, _ = conversation.encode(turns, bpe, template)
@@ -94,7 +94,7 @@ def test_the_gguf_file_holds_our_weights_and_tokens(tuned, tmp_path, dtype):
     folder = exported(tuned, tmp_path / 'my', gguf=True, dtype=dtype)
     reader = gguf.GGUFReader(os.path.join(folder, 'model.gguf'))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    opened = checkpoint.open_model(folder)
+    opened = checkpoint.open_model(tuned)
     bpe = opened.tokenizer
     state = opened.model.state_dict()
     assert len(tensors) == len(state)
@@ -102,8 +102,8 @@ def test_the_gguf_file_holds_our_weights_and_tokens(tuned, tmp_path, dtype):
                        ('blk.1.attn_qkv.weight', 'h.1.attn.c_attn.weight'),
                        ('blk.0.ffn_down.bias', 'h.0.mlp.c_proj.bias')):
         found = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-        expected = state[f'transformer.{ours}'][:len(found)]
-        assert torch.equal(torch.tensor(found), expected), ours
+        expected = state[f'transformer.{ours}'][:len(found)].to(getattr(torch, dtype))
+        assert torch.equal(torch.tensor(found), expected.float()), ours
     tokens = reader.get_field('tokenizer.ggml.tokens').contents()
     assert tokens[bpe.special['</assistant>']] == '</assistant>' and len(tokens) == bpe.vocab_size
 
