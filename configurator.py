@@ -83,12 +83,13 @@ def read(argument, keys):
     try:
         if argument.startswith('--'):
             key, equals, text = argument[2:].partition('=')
+            key = key.replace('-', '_')
             # --key alone means True, and a text needs no quotes.
             if not equals:
                 text = 'True'
             elif isinstance(getattr(keys, key, None), str):
                 text = repr(text)
-            source = f'{key.replace("-", "_")} = {text}'
+            source = f'{key} = {text}'
         else:
             # A file of ours is found from any folder.
             found = os.path.exists(argument)

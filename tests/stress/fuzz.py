@@ -65,8 +65,6 @@ def damage(data, rng):
     return data[:i] + rng.choice([piece + data[end:], piece + data[i:], data[end:], b''])
 
 
-# ---- what is written, how each target is read once damaged, and what must hold ----
-
 def message(name, role, *replies):
     return {'message_id': name, 'text': f'text {name} <user>', 'role': role, 'lang': 'en',
             'rank': 0, 'deleted': False, 'review_result': True, 'replies': replies}

@@ -107,44 +107,30 @@ def train_and_exit(flags, output):
         os._exit(status)
 
 
-def wait(pids):
-    """The set of the exit codes, when all have ended. If one hangs, SIGALRM ends this script."""
-    signal.alarm(LIMIT_S)
-    codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}
-    signal.alarm(0)
-    return codes
-
-
-def finish(config, out_dir):
-    """Run it to the end; UserError if it fails."""
-    codes = wait(start(config, out_dir))
-    if codes != {0}:
-        raise UserError(f'it ended with {codes}; see {out_dir} and output.txt beside it')
-
-
-def kill(config, out_dir, rng, kind, seconds):
-    """One life and its violent end. Returns whether SIGKILL ended it.
+def live(config, out_dir, kind, rng, seconds):
+    """One life, and its end of this kind ('' is none). Returns the set of its exit codes.
 
     seconds: how long an undisturbed life takes.
     """
     pids = start(config, out_dir, rng.randint(1, 40) if kind == 'operation' else 0)
-    if kind != 'operation':
+    if kind in ('any', 'stopping'):
         time.sleep(rng.uniform(0, seconds / 2))
-        least = 1
         if kind == 'stopping':
             for pid in rng.sample(pids, rng.randint(1, len(pids))):
                 os.kill(pid, signal.SIGTERM)
             time.sleep(rng.uniform(0, 0.1))
-            least = 0
+        least = 1 if kind == 'any' else 0
         for pid in rng.sample(pids, rng.randint(least, len(pids))):
             os.kill(pid, signal.SIGKILL)
-    codes = wait(pids)
+    signal.alarm(LIMIT_S)  # if one hangs, SIGALRM ends this script
+    codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}
+    signal.alarm(0)
     # Of several, those that were not killed must notice, and end with a line and exit code 2.
     # Stopped, all end with 0. -SIGTERM: it came before the run listened for it.
     others = codes - {-signal.SIGKILL, -signal.SIGTERM}
-    if others not in (set(), {0}, {2}) or codes == {2}:
-        raise UserError(f'exit codes {codes} after a kill; see {out_dir} and output.txt beside it')
-    return -signal.SIGKILL in codes
+    if others not in (set(), {0}, {2}) or codes == {2} or not kind and codes != {0}:
+        raise UserError(f'exit codes {codes} ({kind}); see {out_dir} and output.txt beside it')
+    return codes
 
 
 def main(argv):
@@ -154,19 +140,18 @@ def main(argv):
     base = tempfile.mkdtemp(prefix='kills-')
     make_data(os.path.join(base, 'data'))
     undisturbed = os.path.join(base, 'undisturbed')
+    rng = random.Random(config.seed)
     started = time.monotonic()
-    finish(config, undisturbed)
+    live(config, undisturbed, '', rng, 0)
     seconds = time.monotonic() - started
     out_dir = os.path.join(base, 'killed')
-    rng = random.Random(config.seed)
     kinds = itertools.cycle(('any', 'operation', 'stopping'))
     n_kills = 0
     n_ends = 0
     while n_kills < config.kills or os.path.exists(out_dir):
-        if n_kills < config.kills:
-            n_kills += kill(config, out_dir, rng, next(kinds), seconds)
-        else:
-            finish(config, out_dir)
+        kind = next(kinds) if n_kills < config.kills else ''
+        codes = live(config, out_dir, kind, rng, seconds)
+        n_kills += -signal.SIGKILL in codes
         found = {}
         for path in glob.glob(os.path.join(out_dir, '*.pt')):
             found[os.path.basename(path)] = checkpoint.open_checkpoint(path).checkpoint
