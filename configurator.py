@@ -97,7 +97,7 @@ def read(argument, keys):
             with open(path, 'rb') as file:
                 source = file.read()
         lines = ast.parse(source).body
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f'{argument} cannot be read: {error}. Expected --key=value, or a '
                         'file of such lines: see config/.') from None
     for line in lines:

@@ -40,7 +40,6 @@ def load(*argv, **options):
 
 
 def mistakes(*argv):
-    """The lines of the error that these arguments cause."""
     with pytest.raises(UserError) as caught:
         load(*argv)
     return str(caught.value).split('\n')
@@ -119,7 +118,8 @@ def test_a_wrong_flag_is_named(flag, found):
     ('out_dir = 5', "found 5, expected a value like 'out'"), ('out_dir = word', LITERAL),
     (f'out_dir = {CODE}', LITERAL), ('out_dir = f"{open(\'hacked\', \'w\')}"', LITERAL),
     ('n_head = (lambda: open("hacked", "w"))()', LITERAL),
-    ('\nbatch_size = = 4', 'run.py cannot be read: invalid syntax (<unknown>, line 2)')])
+    ('\nbatch_size = = 4', 'run.py cannot be read: invalid syntax (<unknown>, line 2)'),
+    ('PK\0', 'run.py cannot be read')])
 def test_a_wrong_line_of_a_file_is_named_and_nothing_is_executed(config_file, text, found):
     line, = mistakes(config_file(text))
     assert found in line and os.listdir() == ['run.py']
