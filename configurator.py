@@ -66,6 +66,8 @@ def evaluate(node):
     match node:
         case ast.Constant():
             return node.value
+        case ast.Name(id='true' | 'false'):
+            return node.id == 'true'
         case ast.UnaryOp(op=ast.USub()):
             return -evaluate(node.operand)
         case ast.BinOp() if type(node.op) in OPERATORS:

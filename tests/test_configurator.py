@@ -71,7 +71,7 @@ def test_later_wins(config_file):
 @pytest.mark.parametrize('flag, value', [
     ('--batch_size=0x10', 16), ('--n_embd=(3 + 1) * -6', -24), ('--batch-size=2', 2),
     ('--learning_rate=6e-4', 6e-4), ('--learning_rate=1', 1.0), ('--dropout= 1 / 4 - 0.125', 0.125),
-    ('--compile', True), ('--compile=True', True), ('--loss_on=all', 'all'), ('--loss_on=', ''),
+    ('--compile', True), ('--compile=true', True), ('--loss_on=all', 'all'), ('--loss_on=', ''),
     ('--out-dir=a=b=c', 'a=b=c'), ('--out_dir="1"+1', '"1"+1'), (f'--out_dir={CODE}', CODE)])
 def test_a_flag_is_a_literal_or_arithmetic_or_text(flag, value):
     found = getattr(load(flag), flag[2:].partition('=')[0].replace('-', '_'))
