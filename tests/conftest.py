@@ -68,33 +68,29 @@ def gpt2():
 
 @pytest.fixture(scope='session')
 def learn(tmp_path_factory):
-    """A function that learns a vocabulary from texts and returns the path of its tokenizer.json."""
-    def run(texts, vocab_size, special=()):
-        path = str(tmp_path_factory.mktemp('vocabulary') / 'tokenizer.json')
+    """A function that learns a vocabulary from texts and returns a folder for --tokenizer."""
+    def run(texts, vocab_size):
+        folder = tmp_path_factory.mktemp('vocabulary')
         bpe = tokenizers.ByteLevelBPETokenizer()
-        bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False,
-                                special_tokens=list(special))
-        bpe.save(path)
-        return path
+        bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False)
+        bpe.save(str(folder / 'tokenizer.json'))
+        content = json.loads((folder / 'tokenizer.json').read_text())
+        state = read_vocabulary('small', content).state()
+        (folder / 'vocabulary.json').write_text(json.dumps(state))
+        return str(folder)
     return run
 
 
 @pytest.fixture(scope='session')
 def vocabulary(learn):
-    """The path of a small tokenizer.json, learned from a few texts."""
+    """The folder of a small vocabulary, learned from a few texts."""
     return learn(TEXTS * 3, 320)
-
-
-def tokenizer_of(path):
-    """The Tokenizer of a tokenizer.json, with the tags."""
-    with open(path, encoding='utf-8') as file:
-        return read_vocabulary('small', json.load(file)).with_tags()
 
 
 @pytest.fixture(scope='session')
 def small(vocabulary):
     """The small vocabulary, with the tags."""
-    return tokenizer_of(vocabulary)
+    return tokenizer.load(vocabulary)
 
 
 @pytest.fixture(scope='session')
@@ -131,11 +127,11 @@ def data(tmp_path_factory, learn):
         turns = [Turn('user', ' '.join(words)), Turn('assistant', ' '.join(reversed(words)))]
         splits['val' if i % 8 == 7 else 'train'].append(turns)
     texts = [' '.join(WORDS)] * 20
-    bpe = tokenizer_of(learn(texts, 300))
+    bpe = tokenizer.load(learn(texts, 300))
     base = tmp_path_factory.mktemp('data')
     write_data(base / 'colours', bpe, splits)
     write_data(base / 'unvalidated', bpe, {'train': splits['train'][:20], 'val': []})
-    write_data(base / 'alien', tokenizer_of(learn(texts, 290)), splits)
+    write_data(base / 'alien', tokenizer.load(learn(texts, 290)), splits)
     return str(base)
 
 

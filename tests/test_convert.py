@@ -113,7 +113,7 @@ def test_a_data_folder_is_torn_into_windows(tmp_path, gpt2):
 def german(vocabulary, tmp_path_factory):
     """Another vocabulary, a [PAD], rows without a token, and weights in parts."""
     folder = tmp_path_factory.mktemp('german')
-    content = json.loads(Path(vocabulary).read_text())
+    content = json.loads(Path(vocabulary, 'tokenizer.json').read_text())
     n = len(content['model']['vocab'])
     content['added_tokens'] = [
         {'id': n + i, 'content': piece, 'special': True, 'single_word': False, 'lstrip': False,
@@ -163,7 +163,8 @@ def test_a_model_of_another_kind_is_a_line(german, tmp_path):
 @pytest.mark.parametrize('special, n', [([], 256), (['<pad>', END_OF_TEXT, '<mask>'], 400)])
 def test_ids_are_those_of_transformers(learn, special, n):
     """Special tokens may have any names, and stand before or behind the text tokens."""
-    model = json.loads(Path(learn([*TEXTS, *random_texts(50, seed=2)], n)).read_text())['model']
+    folder = learn([*TEXTS, *random_texts(50, seed=2)], n)
+    model = json.loads(Path(folder, 'tokenizer.json').read_text())['model']
     vocab = {token: i for i, token in enumerate([*special, *model['vocab']])}
     merges = [tuple(merge) for merge in model['merges']]
     theirs = transformers.GPT2Tokenizer(vocab=vocab, merges=merges)
@@ -190,7 +191,7 @@ def test_ids_are_those_of_transformers(learn, special, n):
     (lambda vocab, merges: (vocab | {f'<{i}>': i for i in range(320, 65536)},
                             merges + [f'<{i} >' for i in range(320, 65536)]), '16 bits')])
 def test_a_vocabulary_of_another_kind_is_refused(vocabulary, change, said):
-    content = json.loads(Path(vocabulary).read_text())
+    content = json.loads(Path(vocabulary, 'tokenizer.json').read_text())
     vocab, merges = change(content['model']['vocab'], content['model']['merges'])
     with pytest.raises(ValueError, match=said):
         read_vocabulary('x', content | {'model': {'vocab': vocab, 'merges': merges}})
