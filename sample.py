@@ -10,6 +10,7 @@ model as it is: tags and <|endoftext|> in it count as such.
 import contextlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import configurator
@@ -37,12 +38,10 @@ class Config:
     min_p: Share = 0.0         # drop tokens less likely than this, relative to the likeliest
     repetition_penalty: Positive = 1.0  # over 1: tokens that are in the text become less likely
     no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
-    trim: Literal['', 'sentence'] = ''  # cut the answer after its last full stop
     seed: Seed = 1337          # the same seed gives the same text
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
-    compile: bool = False      # with int8: a faster kernel, which needs a C++ compiler
 
     def problems(self):
         if bool(self.start) + bool(self.user) + self.chat != 1:
@@ -59,60 +58,50 @@ from core.files import reading
 from core.generate import Sampling, generate
 
 
-def answer(config, opened, template, prompt, seed):
-    """Yield what is new in each of num_samples answers to the prompt (ids), a list of texts."""
+def answer(config, opened, template, prompt, seed, before=''):
+    """Print num_samples answers to the prompt (ids), a single one as it comes; return the last."""
     window = opened.model.config.block_size
     if not 0 < len(prompt) <= window:
         raise UserError(f'the prompt has {len(prompt):,} tokens; expected 1 to {window:,}.')
     # Raw text, which has no template, may hold tags: it ends where an answer in xml would.
     stops = conversation.stop_ids(opened.tokenizer, template or 'xml')
-    readers = [AnswerText(opened.tokenizer, template) for _ in range(config.num_samples)]
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p,
                         config.repetition_penalty, config.no_repeat_ngram_size)
-    for tokens in generate(opened.model, [prompt], config.max_new_tokens, sampling,
-                           config.num_samples, seed, stops):
-        new = [''] * config.num_samples
+    n = config.num_samples
+    readers = [AnswerText(opened.tokenizer, template) for _ in range(n)]
+    texts = [''] * n
+    if n == 1:
+        print(before, end='', flush=True)
+    for tokens in generate(opened.model, [prompt], config.max_new_tokens, sampling, n, seed, stops):
         for i, token in enumerate(tokens):
             if token is not None and token not in stops:
-                new[i] = readers[i].add([token])
-        yield new
-    yield [reader.add([], final=True) for reader in readers]
-
-
-def show(config, answers, before=''):
-    """Print what `answer` yields, a single answer as it comes; return the text of the last one."""
-    text = ''
-    if config.num_samples == 1 and not config.trim:
-        print(before, end='', flush=True)
-        for piece, in answers:
-            print(piece, end='', flush=True)
-            text += piece
+                new = readers[i].add([token])
+                texts[i] += new
+                if n == 1:
+                    print(new, end='', flush=True)
+    if n == 1:
         print()
-        return text
-    for text in map(''.join, zip(*answers)):
-        if config.trim and '.' in text:
-            text = text[:text.rindex('.') + 1]
-        print(before + text)
-        if config.num_samples > 1:
-            print('---------------')
+        return texts[0]
+    for text in texts:
+        print(f'{before}{text}\n---------------')
     return text
 
 
 def ask_once(config, opened, template):
     """Answer --user or continue --start."""
-    before = config.start
-    path = before.removeprefix('FILE:')
-    if path != before:
-        with reading(path, 'Expected a text file in UTF-8.'), open(path, encoding='utf-8') as file:
-            before = file.read()
+    start = config.start
+    if start.startswith('FILE:'):
+        path = start.removeprefix('FILE:')
+        with reading(path, 'Expected a text file in UTF-8.'):
+            start = Path(path).read_text('utf-8')
     with reading('the prompt'):
         if config.user:
             turns = [Turn('user', config.user)]
             prompt = conversation.prompt(turns, opened.tokenizer, template)
         else:
             template = None
-            prompt = opened.tokenizer.encode_with_tags(before).tolist()
-    show(config, answer(config, opened, template, prompt, config.seed), before)
+            prompt = opened.tokenizer.encode_with_tags(start).tolist()
+    answer(config, opened, template, prompt, config.seed, start)
 
 
 def chat(config, opened, template):
@@ -126,8 +115,7 @@ def chat(config, opened, template):
             asked = [*turns, Turn('user', text)]
             asked = conversation.recent(asked, opened.tokenizer, template, room)
             prompt = conversation.prompt(asked, opened.tokenizer, template)
-            seed = config.seed + len(turns) // 2
-            reply = show(config, answer(config, opened, template, prompt, seed))
+            reply = answer(config, opened, template, prompt, config.seed + len(turns) // 2)
             turns = [*asked, Turn('assistant', reply)]
         except (UserError, ValueError) as error:
             print(error, file=sys.stderr)
@@ -143,7 +131,7 @@ def main(argv):
     if not template and not config.start:
         raise UserError(f'{opened.description} was never tuned here and has no template. Use '
                         '--start, or choose one: --template=question')
-    dtype = prepare(opened.model, device, config.dtype, config.compile)
+    dtype = prepare(opened.model, device, config.dtype)
     print(f'{opened.description}, on {device} in {dtype}', file=sys.stderr)
     if config.chat:
         with contextlib.suppress(EOFError):

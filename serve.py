@@ -61,7 +61,6 @@ class Config:
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
-    compile: bool = False      # with int8: a faster kernel, which needs a C++ compiler
 
 
 class Served(NamedTuple):
@@ -80,7 +79,7 @@ def open_served(config, init_from, role, template=''):
     tags = bool(template) and TEMPLATES[template].tags
     opened = checkpoint.open_model(init_from, config.out_dir, config.which, tags=tags)
     template = template or opened.template or 'question'
-    dtype = prepare(opened.model, device, config.dtype, config.compile)
+    dtype = prepare(opened.model, device, config.dtype)
     name = opened.folder if init_from == 'resume' else os.path.normpath(init_from)
     print(f'{name}: {opened.description}, on {device} in {dtype}, template {template}', flush=True)
     window = opened.model.config.block_size

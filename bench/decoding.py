@@ -22,8 +22,8 @@ import configurator
 from configurator import Count
 from contest import SHAPES
 
-DEFAULT = 'ours-float32,ours-bfloat16,ours-int8,ours-int8-compiled,hf-float32,hf-bfloat16'
-PLAYERS = r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8(-compiled)?|ct2-(float32|int8)'
+DEFAULT = 'ours-float32,ours-bfloat16,ours-int8,hf-float32,hf-bfloat16'
+PLAYERS = r'(ours|hf|nanogpt)-(float32|bfloat16|float16)|ours-int8|ct2-(float32|int8)'
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Config:
 
     def problems(self):
         """Players that do not exist."""
-        expected = 'ours, hf, nanogpt or ct2, a dash and a dtype; or ours-int8-compiled'
+        expected = 'ours, hf, nanogpt or ct2, a dash and a dtype'
         return contest.problems(self.players, self.other, PLAYERS, expected)
 
 
-def make_ours(config, dtype, compiled):
+def make_ours(config, dtype):
     """A function that continues prompts (B, T)."""
     from core.decoding_weights import prepare
     from core.device import keep_freed_memory
@@ -54,7 +54,7 @@ def make_ours(config, dtype, compiled):
     keep_freed_memory()
     n_layer, n_head, n_embd = SHAPES[config.shape]
     model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-    prepare(model, config.device, dtype, compiled)
+    prepare(model, config.device, dtype)
 
     def write(prompts):
         likeliest = Sampling(temperature=0)
@@ -119,12 +119,9 @@ def play(config):
     """One player, in its own process."""
     stage = contest.Stage()
     torch.manual_seed(0)
-    kind, dtype, *more = config.player.split('-')
-    if kind == 'ours':
-        write = make_ours(config, dtype, 'compiled' in more)
-    else:
-        make = {'hf': make_hf, 'ct2': make_ct2, 'nanogpt': make_nanogpt}
-        write = make[kind](config, dtype)
+    kind, dtype = config.player.split('-')
+    make = {'ours': make_ours, 'hf': make_hf, 'ct2': make_ct2, 'nanogpt': make_nanogpt}
+    write = make[kind](config, dtype)
     prompts = torch.randint(50257, (config.batch_size, config.prompt), device=config.device)
 
     def a_round():

@@ -11,8 +11,9 @@ The loss mask is 1 on what the assistant must produce, its text and what ends it
 import codecs
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Special(str):
 class Template:
     """How a conversation is written, in special tokens and text: opening, turns, closing."""
     user: tuple  # {text} and {context} stand for the turn's
-    assistant: tuple  # the last two are the answer's text and the token that ends it
+    assistant: tuple  # at the end '{text}' or ' {text}', and the token that ends the answer
     user_with_context: tuple = ()  # by default the context is put below the text
     opening: tuple = ()
     closing: tuple = ()
@@ -65,13 +66,13 @@ class Template:
                 parts = self.user_with_context
             elif turn.context:
                 text = f'{text}\n\n{turn.context}'
-        # Everything from the answer's text on is supervised, its end included.
         pieces = []
         supervised = False
         for part in parts:
             piece = Special(part)
             if '{text}' in part:
                 piece = part.format(text=text, context=turn.context)
+                # From here on, the end of the answer included.
                 supervised = turn.role == 'assistant' and turn.supervised
             pieces.append((piece, supervised))
         return pieces
@@ -92,14 +93,13 @@ ALPACA = Template(
 # To add a template, add it here: everything else follows from the object.
 TEMPLATES = {
     'xml': Template(
+        opening=('<conversation>',),
         user=('<user>', '{text}', '</user>'),
         assistant=('<assistant>', '{text}', '</assistant>'),
-        opening=('<conversation>',),
         closing=('</conversation>', END_OF_TEXT)),
     'alpaca': ALPACA,
     # Without the first sentences.
-    'alpaca-short': replace(
-        ALPACA, user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
+    'alpaca-short': replace(ALPACA, user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
     'plain': Template(
         user=('{text}',),
         user_with_context=('{text} {context}',),
@@ -111,70 +111,54 @@ TEMPLATES = {
         headings=('\nAnswer:',)),
     'dialogpt': Template(
         user=('{text}', END_OF_TEXT),
-        assistant=('{text}', END_OF_TEXT)),
-}
+        assistant=('{text}', END_OF_TEXT))}
 
 
 def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
     """ids (n,) uint16, loss mask (n,) uint8, and how many turns are not whole in them.
 
-    A conversation that is too long loses whole turns from the end, so that it ends with an answer.
-    With `cut`, the beginning of the next answer is kept, as far as it fits. (None, None,
-    len(turns)) if nothing supervised is left. ValueError for text that cannot be encoded, or that
-    would forge the template's form.
+    A conversation that is too long loses turns from the end; `cut` keeps the beginning of the
+    next answer, as far as it fits. (None, None, len(turns)) if nothing supervised is left.
+    ValueError for text that cannot be encoded, or that would forge the template's form.
     """
     form = TEMPLATES[template]
-    opening = [([tokenizer.special[tag]], False) for tag in form.opening]
-    closing = [([tokenizer.special[tag]], False) for tag in form.closing]
-    body = [encode_turn(turn, tokenizer, form) for turn in turns]
+    ids = [tokenizer.special[tag] for tag in form.opening]
+    closing = [tokenizer.special[tag] for tag in form.closing]
+    mask = [0] * len(ids)
+    ends = [len(ids)]  # of the opening and of each turn
+    for turn in turns:
+        for piece, supervised in form.turn(turn):
+            if isinstance(piece, Special):
+                ids.append(tokenizer.special[piece])
+            else:
+                ids += tokenizer.encode(piece).tolist()
+            mask += [supervised] * (len(ids) - len(mask))
+        ends.append(len(ids))
 
     # Drop turns from the end until the rest fits and ends with an answer.
-    lengths = [sum(len(ids) for ids, _ in pieces) for pieces in body]
-    n_tokens = len(opening) + sum(lengths) + len(closing)
     n = len(turns)
-    while n and n_tokens > max_tokens:
+    while n and ends[n] + len(closing) > max_tokens:
         n -= 1
-        n_tokens -= lengths[n]
     while 0 < n < len(turns) and turns[n - 1].role == 'user':
         n -= 1
-    ids, mask = join([opening, *body[:n], closing])
+    end = ends[n]
+    if cut and n < len(turns):
+        # Go on as far as it fits, up to the last whole character of an answer.
+        end = min(max_tokens, len(ids))
+        stop = tokenizer.special[form.assistant[-1]]
+        while end > ends[n]:
+            half = tokenizer.decode(ids[:end][-4:]).endswith('\ufffd')
+            if mask[end - 1] and ids[end - 1] != stop and not half:
+                n = bisect_left(ends, end) - 1
+                closing = []
+                break
+            end -= 1
 
-    # Instead of closing, begin the next answer, if something that is learned of it fits.
-    roles = [turn.role for turn in turns[n:]]
-    if cut and 'assistant' in roles:
-        answer = n + roles.index('assistant')
-        begun, begun_mask = join([opening, *body[:answer + 1]])
-        # Without the token that ends the answer, and not up to the middle of a character.
-        begun = begun[:-1][:max_tokens]
-        while tokenizer.decode(begun[-4:]).endswith('\ufffd'):
-            begun = begun[:-1]
-        begun_mask = begun_mask[:len(begun)]
-        if begun_mask.sum() > mask.sum():
-            ids = begun
-            mask = begun_mask
-            n = answer
-    if n < len(turns) and not mask.any():
+    ids = ids[:end] + closing
+    mask = mask[:end] + [0] * len(closing)
+    if n < len(turns) and not any(mask):
         return None, None, len(turns)
-    return ids, mask, len(turns) - n
-
-
-def encode_turn(turn, tokenizer, form):
-    """The turn as [(ids, supervised), …]."""
-    encoded = []
-    for piece, supervised in form.turn(turn):
-        if isinstance(piece, Special):
-            encoded.append(([tokenizer.special[piece]], supervised))
-        else:
-            encoded.append((tokenizer.encode(piece), supervised))
-    return encoded
-
-
-def join(parts):
-    """The ids and the loss mask of lists of encoded pieces, one after another."""
-    pieces = [([], False), *chain.from_iterable(parts)]
-    ids = np.concatenate([ids for ids, _ in pieces], dtype=np.uint16, casting='unsafe')
-    flags = np.array([supervised for _, supervised in pieces], np.uint8)
-    return ids, flags.repeat([len(ids) for ids, _ in pieces])
+    return np.array(ids, np.uint16), np.array(mask, np.uint8), len(turns) - n
 
 
 def prompt(turns, tokenizer, template='xml'):
@@ -187,12 +171,10 @@ def prompt(turns, tokenizer, template='xml'):
 
 def recent(turns, tokenizer, template, n_tokens):
     """The last turns, without the oldest exchanges, whose `prompt` has at most n_tokens."""
-    n_form = len(prompt([], tokenizer, template))
-    lengths = [len(prompt([turn], tokenizer, template)) - n_form for turn in turns]
-    first = 0
-    while n_form + sum(lengths[first:]) > n_tokens and len(turns) - first > 2:
-        first += 2
-    return turns[first:]
+    n = 1
+    while n < len(turns) and len(prompt(turns[-n - 2:], tokenizer, template)) <= n_tokens:
+        n += 2
+    return turns[-n:]
 
 
 def stop_ids(tokenizer, template='xml'):
@@ -207,25 +189,22 @@ class AnswerText:
     def __init__(self, tokenizer, template):
         self.tokenizer = tokenizer
         self.lead = TEMPLATES[template].lead if template else ''
-        self.held = ''  # may turn out to be the lead
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
     def add(self, ids, final=False):
-        """The text that these ids add. What may be half of something waits for its rest."""
-        self.held += self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
-        if self.lead.startswith(self.held) and not final:
-            return ''
-        text = self.held.removeprefix(self.lead)
-        self.held = ''
-        self.lead = ''
+        """The text that these ids add. Half a character waits for its rest, unless final."""
+        text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
+        if text:
+            text = text.removeprefix(self.lead)
+            self.lead = ''
         return text
 
 
 def answer_text(ids, tokenizer, template='xml'):
     """The text of a whole answer, up to the first id that ends it."""
     stops = stop_ids(tokenizer, template)
-    ids = list(takewhile(lambda i: i not in stops, ids))
-    return AnswerText(tokenizer, template).add(ids, final=True)
+    ids = takewhile(lambda i: i not in stops, ids)
+    return AnswerText(tokenizer, template).add(list(ids), final=True)
 
 
 # A literal tag in a message gets a backslash: <user> is shown as <\user>, and <\user> as

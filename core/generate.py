@@ -1,8 +1,7 @@
-"""Writing answers token by token: the cache of keys and values, and the choice of the next token.
+"""Writing answers token by token: the cache of keys and values, and the next token.
 
     python sample.py --init_from=resume --user="What's the capital of France?"
 """
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,8 @@ class KVCache:
 
     def __init__(self, model, B, n_positions):
         c = model.config
-        size = c.n_embd // c.n_head
         wte = model.transformer.wte.weight
-        self.k = wte.new_zeros(c.n_layer, B, c.n_head, n_positions, size)
+        self.k = wte.new_zeros(c.n_layer, B, c.n_head, n_positions, c.n_embd // c.n_head)
         self.v = torch.zeros_like(self.k)
         self.lengths = [0] * B  # filled positions of each text
 
@@ -34,40 +32,34 @@ class KVCache:
         y = F.scaled_dot_product_attention(q, keys, values, self.mask, is_causal=causal)
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
-    def feed(self, model, idx):
-        """Append idx (B, t), the next tokens of each text -> the stream after them (B, t, C)."""
+    def step(self, model, texts):
+        """Append ids to each text, a list of lists -> logits (B, vocab_size) after the last ones.
+
+        Into an empty cache they may have different lengths.
+        """
+        # Shorter ones are padded at the end, where nothing looks at the padding.
+        device = self.k.device
+        idx = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True)
         B, t = idx.shape
+        positions = torch.tensor(self.lengths)[:, None] + torch.arange(t)  # (B, t)
+        positions = positions.to(device)
         start = max(self.lengths)
         self.end = start + t
-        positions = torch.tensor(self.lengths)[:, None] + torch.arange(t)  # (B, t)
-        positions = positions.to(idx.device)
         # Where the new keys and values go; what each position sees, if neither all nor causal.
         self.at = (slice(None), slice(None), slice(start, self.end))
         self.mask = None
         ragged = min(self.lengths) < start
         if ragged:
-            row = torch.arange(B, device=idx.device)[:, None, None]
-            head = torch.arange(self.k.shape[2], device=idx.device)[:, None]
+            row = torch.arange(B, device=device)[:, None, None]
+            head = torch.arange(self.k.shape[2], device=device)[:, None]
             self.at = (row, head, positions[:, None])
         if ragged or start and t > 1:
-            seen = torch.arange(self.end, device=idx.device)
+            seen = torch.arange(self.end, device=device)
             self.mask = seen <= positions[:, None, :, None]  # (B, 1, t, end)
-        x = model.body(idx.reshape(-1), positions.reshape(-1), self)
-        self.lengths = [length + t for length in self.lengths]
-        return x.view(B, t, -1)
-
-    def step(self, model, idx):
-        """Append idx (B, t), the next tokens of each text -> logits (B, vocab_size) after them."""
-        return model.head(self.feed(model, idx)[:, -1])
-
-    def read(self, model, prompts):
-        """Fill the cache with the prompts, lists of ids -> logits (B, vocab_size) after each."""
-        # Shorter prompts are padded at the end, where nothing looks at the padding.
-        prompts = [torch.tensor(prompt, device=self.k.device) for prompt in prompts]
-        x = self.feed(model, pad_sequence(prompts, batch_first=True))
-        self.lengths = [len(prompt) for prompt in prompts]
-        last = torch.tensor(self.lengths) - 1
-        return model.head(x[torch.arange(len(x)), last])
+        x = model.body(idx.to(device).reshape(-1), positions.reshape(-1), self)
+        last = [row * t + len(ids) - 1 for row, ids in enumerate(texts)]
+        self.lengths = [n + len(ids) for n, ids in zip(self.lengths, texts)]
+        return model.head(x[last])
 
     def keep(self, rows):
         """Only these texts, a list of row numbers. A row may be there several times."""
@@ -77,15 +69,13 @@ class KVCache:
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: as in transformers, and in OpenAI's API the last two."""
+    """How the next token is chosen, as in transformers."""
     temperature: float = 1.0  # below 1e-5: always the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # drop tokens that are less likely than this, relative to the likeliest
     repetition_penalty: float = 1.0  # over 1: tokens that are in the text become less likely
     no_repeat_ngram_size: int = 0  # n: no n tokens stand in the text twice; 0 allows all
-    frequency_penalty: float = 0.0  # subtracted from a logit for each time the token was written
-    presence_penalty: float = 0.0  # subtracted once if the token was written in the answer
 
 
 @torch.inference_mode()
@@ -97,47 +87,41 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
     """
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)
-    assert longest <= window and all(prompts), [len(prompt) for prompt in prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
     cache = KVCache(model, len(prompts), min(window, longest + max_new_tokens - 1))
-    logits = cache.read(model, prompts)
+    logits = cache.step(model, prompts)
     # Samples of a prompt share the reading of it.
     rows = [i // num_samples for i in range(len(prompts) * num_samples)]
     cache.keep(rows)
     logits = logits[rows]
-    texts = [(prompts[row], []) for row in rows]
-    # The answer that each row of the cache belongs to.
-    answers = list(range(len(rows)))
+    texts = [list(prompts[row]) for row in rows]
+    answers = list(range(len(texts)))  # which of them is in each row of the cache
     for step in range(max_new_tokens):
-        idx = choose(logits.float(), sampling, generator, [texts[answer] for answer in answers])
+        if step:
+            logits = cache.step(model, [texts[i][-1:] for i in answers])
+        chosen = choose(logits.float(), sampling, generator, [texts[i] for i in answers])
         tokens = [None] * len(texts)
         rows = []
-        for row, token in enumerate(idx.tolist()):
+        for row, token in enumerate(chosen.tolist()):
             tokens[answers[row]] = token
-            texts[answers[row]][1].append(token)
+            texts[answers[row]].append(token)
             if token not in stops and cache.lengths[row] < window:
                 rows.append(row)
         yield tokens
-        if not rows or step == max_new_tokens - 1:
+        if not rows:
             return
         # Answers that have ended leave the batch.
         if len(rows) < len(answers):
             cache.keep(rows)
             answers = [answers[row] for row in rows]
-            idx = idx[rows]
-        logits = cache.step(model, idx[:, None])
 
 
 def choose(logits, sampling, generator=None, texts=()):
-    """Tokens (B,) int64 for logits (B, V) float32.
-
-    texts: for each row (ids of the prompt, ids of the answer so far), for the penalties.
-    """
-    # The fields from the fifth on are the penalties.
-    if sampling[4:] != Sampling()[4:]:
+    """Tokens (B,) int64 for logits (B, V) float32. texts: the ids of each row, for the penalties."""
+    if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size:
         logits = logits.clone()
-        for row, (prompt, answer) in zip(logits, texts):
-            penalize(row, prompt, answer, sampling)
+        for row, text in zip(logits, texts):
+            penalize(row, text, sampling)
     if sampling.temperature < 1e-5:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
@@ -162,20 +146,15 @@ def choose(logits, sampling, generator=None, texts=()):
     return drawn[:, 0]
 
 
-def penalize(logits, prompt, answer, sampling):
+def penalize(logits, text, sampling):
     """Change the logits (V,) of one text in place, by its ids."""
-    text = prompt + answer
-    if sampling.repetition_penalty != 1:
-        ids = torch.tensor(text, device=logits.device)
-        found = logits[ids]
-        penalty = sampling.repetition_penalty
-        logits[ids] = torch.where(found < 0, found * penalty, found / penalty)
-    for token, n in Counter(answer).items():
-        logits[token] -= sampling.frequency_penalty * n + sampling.presence_penalty
-    if sampling.no_repeat_ngram_size:
-        # Tokens before the one to be chosen.
-        n = sampling.no_repeat_ngram_size - 1
-        last = text[len(text) - n:]
-        for i in range(len(text) - n):
-            if text[i:i + n] == last:
-                logits[text[i + n]] = -torch.inf
+    ids = torch.tensor(text, device=logits.device)
+    found = logits[ids]
+    penalty = sampling.repetition_penalty
+    logits[ids] = torch.where(found < 0, found * penalty, found / penalty)
+    n = sampling.no_repeat_ngram_size
+    if 0 < n <= len(text):
+        ngrams = ids.unfold(0, n, 1)
+        last = ids[len(ids) - n + 1:]
+        repeated = (ngrams[:, :-1] == last).all(-1)
+        logits.index_add_(0, ngrams[:, -1], torch.where(repeated, -torch.inf, 0.0))

@@ -127,7 +127,7 @@ def write(model, record, dtype):
     """Four tokens of answers to prompts of different and of equal lengths."""
     prepare(model, 'cuda', dtype)
     sampled = Sampling(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
-                       no_repeat_ngram_size=2, frequency_penalty=0.1)
+                       no_repeat_ngram_size=2)
     for sampling in (sampled, Sampling(temperature=0)):
         record.facts()
         list(generate(model, [[1, 2], [3, 4, 5], [6, 7]], 4, sampling, num_samples=2))

@@ -128,10 +128,12 @@ def test_a_request_has_its_own_parameters_or_the_servers():
     request = client.asked
     assert request.sampling == Sampling(temperature=0.5, top_k=200)
     assert request.max_new_tokens == 7
-    sampling = Sampling(0, 3, 0.5, 0.1, 1.5, 2, -1, 2)
-    client.text(**sampling._asdict(), seed=-1, max_completion_tokens=9, max_tokens=5)
+    sampling = Sampling(0, 3, 0.5, 0.1, 1.5, 2)
+    client.text(**sampling._asdict(), frequency_penalty=-1, presence_penalty=2, seed=-1,
+                max_completion_tokens=9, max_tokens=5)
     request = client.asked
     assert (request.sampling, request.seed, request.max_new_tokens) == (sampling, -1, 9)
+    assert (request.frequency_penalty, request.presence_penalty) == (-1, 2)
 
 
 @pytest.mark.parametrize('body, status, param, said', [

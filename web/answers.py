@@ -65,6 +65,8 @@ class Answer:
             max_new_tokens=body.longest(config),
             deliver=deliver,
             sampling=body.sampling(config),
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
             seed=random.getrandbits(62) if body.seed is None else body.seed,
             stops=conversation.stop_ids(tokenizer, served.template),
         )

@@ -57,13 +57,14 @@ class Body(BaseModel, extra='forbid', strict=True):
     max_completion_tokens: Count | None = None  # the newer name of max_tokens
     seed: Annotated[int, Field(ge=-2 ** 63, lt=2 ** 63)] | None = None
     stop: Annotated[list[StopText], Field(max_length=4), OneOrMore] | None = None
-    # the fields of core.generate.Sampling, of which OpenAI has only some
+    # the fields of core.generate.Sampling
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Natural | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     no_repeat_ngram_size: Natural | None = None
+    # OpenAI's own
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
 

@@ -32,6 +32,8 @@ class Request:
     max_new_tokens: int
     deliver: Callable
     sampling: Sampling
+    frequency_penalty: float = 0.0     # subtracted for each time a token was written
+    presence_penalty: float = 0.0      # subtracted once if it was written
     seed: int = 0
     stops: set = frozenset()           # ids that end the answer
     ended: bool = False                # or the client has gone
@@ -83,7 +85,7 @@ class Batch:
         # One step of the model for all answers, each of which then chooses its own token.
         self.slots.make_room(len(self.writing), max(self.slots.lengths) + 1)
         last = [[request.written[-1]] for request in self.writing]
-        logits = self.slots.step(self.model, torch.tensor(last, device=self.model.device))
+        logits = self.slots.step(self.model, last)
         for row, request in enumerate(self.writing):
             self.write(request, logits[row], self.slots.lengths[row])
 
@@ -96,15 +98,22 @@ class Batch:
         request.n_remembered = cache.lengths[0]
         request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
         unread = request.prompt[request.n_remembered:]
-        logits = cache.step(self.model, torch.tensor([unread], device=self.model.device))
+        logits = cache.step(self.model, [unread])
         self.write(request, logits[0], len(request.prompt))
         self.slots.join(cache)
         self.writing.append(request)
 
     def write(self, request, logits, length):
         """Choose and deliver the token that follows `length` positions."""
-        text = (request.prompt, request.written)
-        token = choose(logits[None].float(), request.sampling, request.generator, [text]).item()
+        text = request.prompt + request.written
+        logits = logits.float()
+        if request.frequency_penalty or request.presence_penalty:
+            # As OpenAI defines them: by how often each token was written.
+            written = torch.tensor(request.written, dtype=torch.int64)
+            counts = written.bincount(minlength=len(logits)).to(logits.device)
+            logits = logits - request.frequency_penalty * counts
+            logits -= request.presence_penalty * (counts > 0)
+        token = choose(logits[None], request.sampling, request.generator, [text]).item()
         if request.ended:  # meanwhile: nobody may be there to take it
             return
         if token in request.stops:
