@@ -79,6 +79,19 @@ def test_an_answer_ends_at_a_stop_at_its_length_and_where_the_window_is_full(mod
         assert (request.written, request.finish) == expected
 
 
+def test_frequency_and_presence_count_the_answer_only(model):
+    batch = Batch(model)
+    logits = torch.zeros(4)
+    logits[2] = 1.0
+    for written, expected in (([], True), ([2], True), ([2, 2], False)):
+        request = ask([2, 2, 2], 9, frequency_penalty=0.4, presence_penalty=0.3)
+        request.written = list(written)
+        batch.write(request, logits, 3)
+        # 1 - 0.4 - 0.3 > 0, and 1 - 0.8 - 0.3 < 0
+        assert (request.written[-1] == 2) == expected
+    assert logits[2] == 1  # not changed in place
+
+
 def test_a_place_is_free_when_a_client_has_gone_or_the_server_closes(model):
     batch = Batch(model, size=1, queue=1)
     worker = Worker([batch])

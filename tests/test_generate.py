@@ -1,10 +1,10 @@
 """Decoding: the cache of keys and values, where answers end, how tokens are drawn."""
-import numpy as np
 import pytest
 import torch
 
 from conftest import VOCAB_SIZE, tiny
 from core.generate import Sampling, choose, generate
+from core.pretrained import from_transformers
 
 GREEDY = Sampling(temperature=0)
 
@@ -20,8 +20,8 @@ def greedy_without_cache(model, prompt, n):
 
 def prompts_of(*lengths):
     """Random prompts of these lengths."""
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, VOCAB_SIZE, n).tolist() for n in lengths]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
 
 
 def whole(steps):
@@ -35,7 +35,7 @@ def test_cached_decoding_equals_uncached_to_the_end_of_the_window(lengths):
     model = tiny()
     prompts = prompts_of(*lengths)
     found = whole(generate(model, prompts, 1000, GREEDY))
-    for prompt, answer in zip(prompts, found):
+    for prompt, answer in zip(prompts, found, strict=True):
         room = 48 - len(prompt) + 1  # with the token that is predicted at the last position
         assert answer == greedy_without_cache(model, prompt, room)
 
@@ -46,10 +46,10 @@ def test_an_answer_ends_with_its_stop_and_the_others_go_on():
     alone = [greedy_without_cache(model, prompt, 20) for prompt in prompts]
     stop = alone[0][9]
     found = whole(generate(model, prompts, 20, GREEDY, stops={stop}))
-    assert [len(answer) for answer in found] == [10, 6, 20]
-    for answer, expected in zip(found, alone):
-        assert answer == expected[:len(answer)]
-        assert stop not in answer[:-1]
+    for answer, expected in zip(found, alone, strict=True):
+        n = expected.index(stop) + 1 if stop in expected else 20
+        assert answer == expected[:n]
+    assert len({len(answer) for answer in found}) > 1
 
 
 def test_samples_share_their_prompt_and_the_seed_decides():
@@ -84,3 +84,33 @@ def test_tokens_are_drawn_with_these_shares(keys, expected):
     shares = drawn.bincount(minlength=4) / 4000
     assert torch.allclose(shares, torch.tensor(expected, dtype=torch.float), atol=0.03)
     assert ((shares > 0) == (torch.tensor(expected) > 0)).all()
+
+
+@pytest.fixture(scope='module')
+def pair():
+    """(transformers' model, ours) of the same random weights, which repeat themselves."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=200,
+                                     n_positions=128, bos_token_id=199, eos_token_id=199)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return theirs, from_transformers(config.to_dict(), theirs.state_dict()).eval()
+
+
+@pytest.mark.parametrize('keys', [
+    {}, {'repetition_penalty': 1.3}, {'repetition_penalty': 0.7}, {'no_repeat_ngram_size': 1},
+    {'no_repeat_ngram_size': 3}, {'repetition_penalty': 1.2, 'no_repeat_ngram_size': 2}])
+def test_penalties_give_the_greedy_tokens_of_transformers(pair, keys):
+    """In one batch: each text has its own penalties."""
+    theirs, ours = pair
+    torch.manual_seed(2)
+    prompts = [torch.randint(1, 199, (1, 2 + n)) for n in range(10)]
+    asked = [prompt[0].tolist() for prompt in prompts]
+    found = whole(generate(ours, asked, 40, Sampling(temperature=0, **keys)))
+    for prompt, answer in zip(prompts, found, strict=True):
+        wanted = theirs.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0,
+                                 eos_token_id=None, **keys)
+        assert prompt[0].tolist() + answer == wanted[0].tolist()

@@ -70,18 +70,15 @@ def test_an_answer_is_printed_by_characters_without_the_lead_of_its_template(
         ask(user='?', template='plain')
     assert [text for text in printed[1:] if text] == ['a', '☃']
     # Several answers are printed when they are whole.
-    rule = '---------------\n'
-    assert ask(user='?', template='plain', num_samples=2).out == f'a☃\n{rule}b\n{rule}'
+    rule = '\n---------------\n'
+    assert ask(user='?', template='plain', num_samples=2).out == f'a☃{rule}b{rule}'
 
 
-def test_where_an_answer_ends_and_is_trimmed(ask, script):
+def test_where_an_answer_ends(ask, script):
     prompts = script(['Paris.</assistant></conversation>'], ['Paris.<|endoftext|>and more'],
-                     ['One. Two. Thr</assistant>'], ['no stop</assistant>'],
                      ['one</assistant>', 'twenty-two</assistant>', 'no end at all'])
     assert ask(user='Where?').out == ask(user='Where?').out == 'Paris.\n'
     assert prompts[0] == conversation.prompt([Turn('user', 'Where?')], BYTES)
-    assert ask(user='?', trim='sentence').out == 'One. Two.\n'
-    assert ask(user='?', trim='sentence').out == 'no stop\n'
     out = ask(user='?', num_samples=3, max_new_tokens=11).out
     assert out.split('\n---------------\n') == ['one', 'twenty-two', 'no end at a', '']
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from core import conversation
-from core.conversation import TEMPLATES, Template, Turn, answer_text, encode, prompt
+import sample
+from core.conversation import TEMPLATES, Template, Turn, answer_text, encode, prompt, stop_ids
 from core.readback import decode
 from core.tokenizer import END_OF_TEXT
 
@@ -26,18 +26,21 @@ def template(request, monkeypatch):
     return 'mine'
 
 
-def test_it_is_written_and_read_back(template, small):
+def test_a_new_template_is_written_read_back_and_answered_in(
+        template, small, save_model, tmp_path, capsys):
     ids, mask, _ = encode(TURNS, small, template)
-    turns = TURNS
+    expected = TURNS
     if not TEMPLATES[template].user_with_context:
-        # The context is below the text.
-        turns = [Turn('user', 'Add </user>\n\n1 and 2'), TURNS[1]]
-    assert decode(ids, mask, small, template) == turns
+        expected = [Turn('user', 'Add </user>\n\n1 and 2'), TURNS[1]]
+    assert decode(ids, mask, small, template) == expected
     first = mask.argmax()
     assert prompt(TURNS[:1], small, template) == ids[:first].tolist()
     written = ids[first:].tolist()
-    assert written[int(mask.sum()) - 1] in conversation.stop_ids(small, template)
+    assert written[mask.sum() - 1] in stop_ids(small, template)
     assert answer_text(written, small, template) == TURNS[1].text
+    folder = save_model(tmp_path / 'model', small, template, block_size=128)
+    sample.main([f'--init_from={folder}', '--user=Hi', '--max_new_tokens=3', '--device=cpu'])
+    assert capsys.readouterr().out.endswith('\n')
 
 
 def test_transformers_gives_its_ids(template, small):
