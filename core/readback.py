@@ -2,7 +2,8 @@
 
     python -c "from core import readback; print(readback.from_text('<conversation>…'))"
 
-What looks at prepared data or takes conversations from elsewhere needs this; training does not.
+What looks at prepared data or takes conversations from elsewhere needs this; training does
+not.
 """
 import re
 
@@ -13,13 +14,12 @@ ESCAPED_TAG = re.compile(rf'<\\(\\*)({TAG_NAMES})')
 
 
 def decode(ids, mask, tokenizer, template='xml'):
-    """The turns that `encode` made these ids and this mask from; ValueError for any other ids."""
+    """The turns that `encode` made these ids and this mask from; ValueError for other ids."""
     ids = [int(i) for i in ids]
-    mask = [bool(m) for m in mask]
     form = TEMPLATES[template]
     read = read_exchanges if '{text}' in form.user[-1] else read_messages
     try:
-        turns = read(ids, mask, tokenizer, form)
+        turns = read(ids, [bool(m) for m in mask], tokenizer, form)
         whole = encode(turns, tokenizer, template)[0].tolist()
         # One that was cut ends inside an answer, whose text may have other ids by itself.
         is_cut = ids and mask[-1] and ids[-1] not in tokenizer.special.values()
@@ -33,13 +33,14 @@ def decode(ids, mask, tokenizer, template='xml'):
 
 def read_messages(ids, mask, tokenizer, form):
     """A special token ends each message; the roles take turns."""
+    ends = {tokenizer.special[form.user[-1]], tokenizer.special[form.assistant[-1]]}
     turns = []
     text = []
-    for i, token in enumerate(ids):
-        if token in (tokenizer.special[form.user[-1]], tokenizer.special[form.assistant[-1]]):
+    for token, learned in zip(ids, mask):
+        if token in ends:
             role = ROLES[len(turns) % 2]
-            learned = role == 'user' or mask[i]
-            turns.append(Turn(role, tokenizer.decode_bytes(text).decode(), '', learned))
+            text = tokenizer.decode_bytes(text).decode()
+            turns.append(Turn(role, text, supervised=role == 'user' or learned))
             text = []
         elif token not in tokenizer.special.values():
             text.append(token)
@@ -57,8 +58,7 @@ def read_exchanges(ids, mask, tokenizer, form):
         end = [*ids, tokenizer.end_of_text].index(tokenizer.end_of_text, start)
         request = tokenizer.decode_bytes(ids[start:answer_start]).decode()
         answer = tokenizer.decode_bytes(ids[answer_start:end]).decode()
-        turns.append(read_request(request, form))
-        turns.append(Turn('assistant', answer[len(form.lead):]))
+        turns += [read_request(request, form), Turn('assistant', answer[len(form.lead):])]
         start = end + 1
     return turns
 
@@ -69,9 +69,9 @@ def read_request(request, form):
     # Without headings, text and context cannot be told apart.
     if form.headings:
         forms = form.user_with_context + forms
-    # The form as a regular expression, with a group for each thing in braces.
     for part in forms:
-        pattern = re.escape(part).replace(r'\{text\}', '(.*)').replace(r'\{context\}', '(.*)')
+        # The form as a regular expression, with a group for each thing in braces.
+        pattern = re.sub(r'\\{\w+\\}', '(.*)', re.escape(part))
         found = re.fullmatch(pattern, request, re.DOTALL)
         if found:
             return Turn('user', *found.groups())
@@ -90,8 +90,8 @@ def from_text(text):
 def from_messages(messages):
     """The turns of [{'role': …, 'content': text or None}, …], as chat interfaces have them.
 
-    Messages of the same role in a row are joined by a blank line. System messages, for which no
-    template has a place, go before the first user's text.
+    Messages of the same role in a row are joined by a blank line. System messages, for which
+    no template has a place, go before the first user's text.
     """
     turns = []
     system = []

@@ -23,21 +23,19 @@ def script(monkeypatch):
 
     A sample is text with tags. Returns the list of the prompts that reach the model.
     """
-    prompts = []
-    waiting = []
-
-    def generate(model, asked, max_new_tokens, *others):
-        prompts.extend(asked)
-        rows = []
-        for text in waiting.pop(0):
-            row = BYTES.encode_with_tags(text).tolist()
-            ends = [i + 1 for i, token in enumerate(row) if token in others[-1]]
-            rows.append(row[:min([max_new_tokens, *ends])])
-        yield from itertools.zip_longest(*rows)
-    monkeypatch.setattr(sample, 'generate', generate)
-
     def set_answers(*answers):
-        waiting.extend(answers)
+        prompts = []
+        waiting = iter(answers)
+
+        def generate(model, asked, max_new_tokens, *others):
+            prompts.extend(asked)
+            rows = []
+            for text in next(waiting):
+                row = BYTES.encode_with_tags(text).tolist()
+                ends = [i + 1 for i, token in enumerate(row) if token in others[-1]]
+                rows.append(row[:min([max_new_tokens, *ends])])
+            yield from itertools.zip_longest(*rows)
+        monkeypatch.setattr(sample, 'generate', generate)
         return prompts
     return set_answers
 
