@@ -4,8 +4,8 @@
     python sample.py --init_from=resume --chat
     python sample.py --init_from=gpt2-medium --start="What's the capital of France?"
 
---user and --chat put what you say into the model's own template, as plain text. --start goes to the
-model as it is: tags and <|endoftext|> in it count as such.
+--user and --chat put what you say into the model's own template, as plain text. --start
+goes to the model as it is: tags and <|endoftext|> in it count as such.
 """
 import contextlib
 import sys
@@ -21,7 +21,7 @@ from core.conversation import TEMPLATES, AnswerText, Turn
 @dataclass(frozen=True)
 class Config:
     # which model
-    init_from: str = 'resume'  # resume (the run saved last under out_dir), a folder, or a hub name
+    init_from: str = 'resume'  # resume (the run saved last), a folder, or a hub name
     out_dir: str = 'out'       # where runs are
     which: Literal['best', 'last'] = 'best'  # checkpoint: lowest val_loss, or last of the run
     # what to say: one of these three
@@ -34,9 +34,9 @@ class Config:
     max_new_tokens: Count = 256  # the longest answer
     temperature: NonNegative = 0.8  # 0 always takes the likeliest token
     top_k: Natural = 200       # keep the k most likely tokens; 0 keeps all
-    top_p: Share = 1.0         # keep the most likely tokens that together have this probability
+    top_p: Share = 1.0         # keep the likeliest tokens that have this probability together
     min_p: Share = 0.0         # drop tokens less likely than this, relative to the likeliest
-    repetition_penalty: Positive = 1.0  # over 1: tokens that are in the text become less likely
+    repetition_penalty: Positive = 1.0  # over 1: tokens of the text become less likely
     no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
     seed: Seed = 1337          # the same seed gives the same text
     # the machine
@@ -45,7 +45,7 @@ class Config:
 
     def problems(self):
         if bool(self.start) + bool(self.user) + self.chat != 1:
-            yield 'give one of --start="TEXT" (raw), --user="TEXT" (in the template) or --chat.'
+            yield 'give one of --start="TEXT" (raw), --user="TEXT" (a question) or --chat.'
 
 
 # torch takes seconds to import: mistakes on the command line are found before.
@@ -59,7 +59,7 @@ from core.generate import Sampling, generate
 
 
 def answer(config, opened, template, prompt, seed, before=''):
-    """Print num_samples answers to the prompt (ids), a single one as it comes; return the last."""
+    """Print the answers to the prompt (ids), a single one as it comes; return the last."""
     window = opened.model.config.block_size
     if not 0 < len(prompt) <= window:
         raise UserError(f'the prompt has {len(prompt):,} tokens; expected 1 to {window:,}.')
@@ -72,7 +72,8 @@ def answer(config, opened, template, prompt, seed, before=''):
     texts = [''] * n
     if n == 1:
         print(before, end='', flush=True)
-    for tokens in generate(opened.model, [prompt], config.max_new_tokens, sampling, n, seed, stops):
+    steps = generate(opened.model, [prompt], config.max_new_tokens, sampling, n, seed, stops)
+    for tokens in steps:
         for i, token in enumerate(tokens):
             if token is not None and token not in stops:
                 new = readers[i].add([token])

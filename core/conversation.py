@@ -6,7 +6,7 @@ The template `xml`, its supervised tokens underlined:
 
     <conversation><user>Hi</user><assistant>Hello</assistant></conversation><|endoftext|>
                                              ~~~~~~~~~~~~~~~~~
-The loss mask is 1 on what the assistant must produce, its text and what ends it, and 0 elsewhere.
+The loss mask is 1 on what the assistant must produce, its text and what ends it, else 0.
 """
 import codecs
 import math
@@ -22,11 +22,11 @@ from core.tokenizer import END_OF_TEXT, TAGS
 
 
 class Turn(NamedTuple):
-    """One message. context: what Alpaca calls input. supervised: whether an answer is learned."""
+    """One message."""
     role: str  # user or assistant
     text: str
-    context: str = ''
-    supervised: bool = True
+    context: str = ''  # what Alpaca calls input
+    supervised: bool = True  # whether an answer is learned
 
 
 class Special(str):
@@ -35,7 +35,7 @@ class Special(str):
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written, in special tokens and text: opening, turns, closing."""
+    """How a conversation is written: opening, turns, closing."""
     user: tuple  # {text} and {context} stand for the turn's
     assistant: tuple  # at the end '{text}' or ' {text}', and the token that ends the answer
     user_with_context: tuple = ()  # by default the context is put below the text
@@ -50,11 +50,11 @@ class Template:
 
     @property
     def lead(self):
-        """What stands before an answer's text without belonging to it: a space or nothing."""
+        """What stands before an answer's text: a space or nothing."""
         return self.assistant[-2].removesuffix('{text}')
 
     def turn(self, turn):
-        """The turn as pieces, [(text or Special, supervised), …]."""
+        """Yield the pieces of a turn, (text or Special, supervised)."""
         parts = self.assistant
         text = turn.text
         if turn.role == 'user':
@@ -66,7 +66,6 @@ class Template:
                 parts = self.user_with_context
             elif turn.context:
                 text = f'{text}\n\n{turn.context}'
-        pieces = []
         supervised = False
         for part in parts:
             piece = Special(part)
@@ -74,8 +73,7 @@ class Template:
                 piece = part.format(text=text, context=turn.context)
                 # From here on, the end of the answer included.
                 supervised = turn.role == 'assistant' and turn.supervised
-            pieces.append((piece, supervised))
-        return pieces
+            yield piece, supervised
 
 
 # Stanford's prompts: https://github.com/tatsu-lab/stanford_alpaca
@@ -99,7 +97,8 @@ TEMPLATES = {
         closing=('</conversation>', END_OF_TEXT)),
     'alpaca': ALPACA,
     # Without the first sentences.
-    'alpaca-short': replace(ALPACA, user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
+    'alpaca-short': replace(
+        ALPACA, user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
     'plain': Template(
         user=('{text}',),
         user_with_context=('{text} {context}',),
@@ -117,8 +116,8 @@ TEMPLATES = {
 def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
     """ids (n,) uint16, loss mask (n,) uint8, and how many turns are not whole in them.
 
-    A conversation that is too long loses turns from the end; `cut` keeps the beginning of the
-    next answer, as far as it fits. (None, None, len(turns)) if nothing supervised is left.
+    Too long a conversation loses turns from the end; `cut` keeps the beginning of the next
+    answer, as far as it fits. (None, None, len(turns)) if nothing supervised is left.
     ValueError for text that cannot be encoded, or that would forge the template's form.
     """
     form = TEMPLATES[template]
@@ -192,7 +191,7 @@ class AnswerText:
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
     def add(self, ids, final=False):
-        """The text that these ids add. Half a character waits for its rest, unless final."""
+        """The text that these ids add. Half a character waits, unless final."""
         text = self.decoder.decode(self.tokenizer.decode_bytes(ids), final)
         if text:
             text = text.removeprefix(self.lead)

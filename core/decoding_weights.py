@@ -1,4 +1,4 @@
-"""Weights laid out for decoding. On a CPU nearly all of a step's time goes into reading them.
+"""Weights laid out for decoding: on a CPU, reading them takes nearly all of the time.
 
     python sample.py --init_from=resume --dtype=int8 --user="Hi"
 
@@ -57,13 +57,6 @@ class Int8Linear(nn.Module):
         return torch.addcmul(self.bias, y.float(), self.scale)
 
 
-def can_pack(kind):
-    """Whether oneDNN multiplies this dtype here."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return kind == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def prepare(model, device, dtype='auto'):
     """Change the model in place into one to decode with; returns its dtype's name.
 
@@ -74,13 +67,14 @@ def prepare(model, device, dtype='auto'):
         raise UserError(f'dtype=int8 is for the CPU, found {device}. Use --dtype=auto.')
     if dtype == 'auto' and not device.startswith('cuda'):
         dtype = 'float32'
-    if dtype == 'int8':
+    kind = torch.int8 if dtype == 'int8' else pick_dtype(dtype, device)
+    linear = None
+    if kind == torch.int8:
         linear = Int8Linear
-    else:
-        kind = pick_dtype(dtype, device)
-        dtype = str(kind).removeprefix('torch.')
+    elif (device == 'cpu' and torch.backends.mkldnn.is_available()
+          and (kind == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())):
         linear = partial(PackedLinear, dtype=kind)
-    if dtype == 'int8' or device == 'cpu' and can_pack(kind):
+    if linear:
         for name, part in list(model.named_modules()):
             if isinstance(part, nn.Linear):
                 model.set_submodule(name, linear(part.weight, part.bias))
@@ -93,4 +87,4 @@ def prepare(model, device, dtype='auto'):
             # transformers' weights come as transposed views.
             p.data = p.data.contiguous()
     model.eval()
-    return dtype
+    return str(kind).removeprefix('torch.')

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class KVCache:
-    """Keys and values (n_layer, B, n_head, n_positions, C / n_head) of B texts of any lengths."""
+    """Keys and values (n_layer, B, n_head, n_positions, C / n_head) of B texts."""
 
     def __init__(self, model, B, n_positions):
         c = model.config
@@ -33,9 +33,9 @@ class KVCache:
         return y.transpose(1, 2).reshape(len(qkv), -1)
 
     def step(self, model, texts):
-        """Append ids to each text, a list of lists -> logits (B, vocab_size) after the last ones.
+        """Append ids to each text, a list of lists -> logits (B, vocab_size) after them.
 
-        Into an empty cache they may have different lengths.
+        What goes into an empty cache may have different lengths.
         """
         # Shorter ones are padded at the end, where nothing looks at the padding.
         device = self.k.device
@@ -45,7 +45,8 @@ class KVCache:
         positions = positions.to(device)
         start = max(self.lengths)
         self.end = start + t
-        # Where the new keys and values go; what each position sees, if neither all nor causal.
+        # Where the new keys and values go; which keys each position sees, if not all or
+        # simply those before it.
         self.at = (slice(None), slice(None), slice(start, self.end))
         self.mask = None
         ragged = min(self.lengths) < start
@@ -73,17 +74,17 @@ class Sampling(NamedTuple):
     temperature: float = 1.0  # below 1e-5: always the likeliest token
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
-    min_p: float = 0.0  # drop tokens that are less likely than this, relative to the likeliest
-    repetition_penalty: float = 1.0  # over 1: tokens that are in the text become less likely
+    min_p: float = 0.0  # drop tokens less likely than this, relative to the likeliest
+    repetition_penalty: float = 1.0  # over 1: tokens of the text become less likely
     no_repeat_ngram_size: int = 0  # n: no n tokens stand in the text twice; 0 allows all
 
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, stops=()):
-    """Yield the next tokens of num_samples answers to each prompt, step by step: a list of ids.
+    """Yield, step by step, a list of the next ids of num_samples answers to each prompt.
 
-    An answer ends with a token of `stops`, or when its window is full: there are no positions
-    beyond it. After that the list has None for it.
+    An answer ends with a token of `stops`, or when the window is full. After that the list
+    has None for it.
     """
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)
@@ -117,7 +118,7 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
 
 
 def choose(logits, sampling, generator=None, texts=()):
-    """Tokens (B,) int64 for logits (B, V) float32. texts: the ids of each row, for the penalties."""
+    """Tokens (B,) int64 for logits (B, V) float32. texts: each row's ids, for the penalties."""
     if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size:
         logits = logits.clone()
         for row, text in zip(logits, texts):
@@ -147,13 +148,14 @@ def choose(logits, sampling, generator=None, texts=()):
 
 
 def penalize(logits, text, sampling):
-    """Change the logits (V,) of one text in place, by its ids."""
+    """Change the logits (V,) after a text, a list of ids, in place."""
     ids = torch.tensor(text, device=logits.device)
     found = logits[ids]
     penalty = sampling.repetition_penalty
     logits[ids] = torch.where(found < 0, found * penalty, found / penalty)
     n = sampling.no_repeat_ngram_size
     if 0 < n <= len(text):
+        # The tokens that once came after the last n - 1.
         ngrams = ids.unfold(0, n, 1)
         last = ids[len(ids) - n + 1:]
         repeated = (ngrams[:, :-1] == last).all(-1)

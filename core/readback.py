@@ -1,9 +1,8 @@
-"""Back to turns: from ids, from the text that prepare.py --stdout shows, from chat messages.
+"""Back to turns: from ids, from the text of prepare.py --stdout, from chat messages.
 
     python -c "from core import readback; print(readback.from_text('<conversation>…'))"
 
-What looks at prepared data or takes conversations from elsewhere needs this; training does
-not.
+What looks at prepared data or takes conversations from elsewhere needs it.
 """
 import re
 
@@ -16,10 +15,11 @@ ESCAPED_TAG = re.compile(rf'<\\(\\*)({TAG_NAMES})')
 def decode(ids, mask, tokenizer, template='xml'):
     """The turns that `encode` made these ids and this mask from; ValueError for other ids."""
     ids = [int(i) for i in ids]
+    mask = [bool(m) for m in mask]
     form = TEMPLATES[template]
     read = read_exchanges if '{text}' in form.user[-1] else read_messages
     try:
-        turns = read(ids, [bool(m) for m in mask], tokenizer, form)
+        turns = read(ids, mask, tokenizer, form)
         whole = encode(turns, tokenizer, template)[0].tolist()
         # One that was cut ends inside an answer, whose text may have other ids by itself.
         is_cut = ids and mask[-1] and ids[-1] not in tokenizer.special.values()
@@ -79,7 +79,7 @@ def read_request(request, form):
 
 
 def from_text(text):
-    """The conversations in text that `conversation.to_text` wrote: a list of lists of turns."""
+    """The conversations, lists of turns, in text that `conversation.to_text` wrote."""
     found = []
     for whole in re.findall(r'<conversation>(.*?)</conversation>', text, re.DOTALL):
         messages = re.findall(r'<(user|assistant)>(.*?)</\1>', whole, re.DOTALL)
@@ -94,18 +94,18 @@ def from_messages(messages):
     no template has a place, go before the first user's text.
     """
     turns = []
-    system = []
+    system = ''
     for message in messages:
         role = message['role']
         content = message['content'] or ''
         if role in ('system', 'developer'):
-            system.append(content)
+            system += f'{content}\n\n'
         elif turns and turns[-1].role == role:
             turns[-1] = Turn(role, f'{turns[-1].text}\n\n{content}')
         else:
             turns.append(Turn(role, content))
     for i, turn in enumerate(turns):
         if turn.role == 'user':
-            turns[i] = Turn('user', '\n\n'.join([*system, turn.text]))
+            turns[i] = Turn('user', system + turn.text)
             return turns
     raise ValueError('there is no message of a user')

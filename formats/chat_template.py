@@ -55,7 +55,7 @@ def chat_template(name, tokenizer):
     """
     template = TEMPLATES[name]
     user = [piece for piece, _ in template.turn(Turn('user', JOINT))]
-    assistant = template.turn(Turn('assistant', JOINT))
+    assistant = list(template.turn(Turn('assistant', JOINT)))
     before_answer = [piece for piece, supervised in assistant if not supervised]
     answer = [piece for piece, supervised in assistant if supervised]
     # Two texts side by side would be encoded as one, and could fuse to other tokens.
