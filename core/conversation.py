@@ -12,7 +12,6 @@ import codecs
 import math
 import re
 from bisect import bisect_left
-from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -29,13 +28,8 @@ class Turn(NamedTuple):
     supervised: bool = True  # whether an answer is learned
 
 
-class Special(str):
-    """A piece that is one token, never made from a message's text."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """How a conversation is written: opening, turns, closing."""
+class Template(NamedTuple):
+    """How a conversation is written. A part without {text} is one special token."""
     user: tuple  # {text} and {context} stand for the turn's
     assistant: tuple  # at the end '{text}' or ' {text}', and the token that ends the answer
     user_with_context: tuple = ()  # by default the context is put below the text
@@ -54,7 +48,7 @@ class Template:
         return self.assistant[-2].removesuffix('{text}')
 
     def turn(self, turn):
-        """Yield the pieces of a turn, (text or Special, supervised)."""
+        """Yield the pieces of a turn, (piece, is_text, supervised)."""
         parts = self.assistant
         text = turn.text
         if turn.role == 'user':
@@ -68,12 +62,12 @@ class Template:
                 text = f'{text}\n\n{turn.context}'
         supervised = False
         for part in parts:
-            piece = Special(part)
-            if '{text}' in part:
-                piece = part.format(text=text, context=turn.context)
+            is_text = '{text}' in part
+            if is_text:
+                part = part.format(text=text, context=turn.context)
                 # From here on, the end of the answer included.
                 supervised = turn.role == 'assistant' and turn.supervised
-            yield piece, supervised
+            yield part, is_text, supervised
 
 
 # Stanford's prompts: https://github.com/tatsu-lab/stanford_alpaca
@@ -97,8 +91,8 @@ TEMPLATES = {
         closing=('</conversation>', END_OF_TEXT)),
     'alpaca': ALPACA,
     # Without the first sentences.
-    'alpaca-short': replace(
-        ALPACA, user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
+    'alpaca-short': ALPACA._replace(
+        user=(SECTIONS,), user_with_context=(SECTIONS_WITH_INPUT,)),
     'plain': Template(
         user=('{text}',),
         user_with_context=('{text} {context}',),
@@ -126,11 +120,11 @@ def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
     mask = [0] * len(ids)
     ends = [len(ids)]  # of the opening and of each turn
     for turn in turns:
-        for piece, supervised in form.turn(turn):
-            if isinstance(piece, Special):
-                ids.append(tokenizer.special[piece])
-            else:
+        for piece, is_text, supervised in form.turn(turn):
+            if is_text:
                 ids += tokenizer.encode(piece).tolist()
+            else:
+                ids.append(tokenizer.special[piece])
             mask += [supervised] * (len(ids) - len(mask))
         ends.append(len(ids))
 
@@ -177,7 +171,7 @@ def recent(turns, tokenizer, template, n_tokens):
 
 
 def stop_ids(tokenizer, template='xml'):
-    """The ids that end an answer, of those that the tokenizer has."""
+    """The ids, of those that the tokenizer has, that end an answer."""
     stops = (TEMPLATES[template].assistant[-1], END_OF_TEXT)
     return {tokenizer.special[piece] for piece in stops if piece in tokenizer.special}
 
@@ -217,8 +211,8 @@ def to_text(turns):
     form = TEMPLATES['xml']
     text = ''.join(form.opening)
     for turn in turns:
-        for piece, _ in form.turn(turn):
-            if not isinstance(piece, Special):
+        for piece, is_text, _ in form.turn(turn):
+            if is_text:
                 piece = LITERAL_TAG.sub(r'<\\\1\2', piece)
             text += piece
     return text + ''.join(form.closing)

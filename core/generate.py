@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 
 class KVCache:
@@ -39,8 +38,9 @@ class KVCache:
         """
         # Shorter ones are padded at the end, where nothing looks at the padding.
         device = self.k.device
-        idx = pad_sequence([torch.tensor(ids) for ids in texts], batch_first=True)
-        B, t = idx.shape
+        B = len(texts)
+        t = max(len(ids) for ids in texts)
+        idx = torch.tensor([ids + [0] * (t - len(ids)) for ids in texts], device=device)
         positions = torch.tensor(self.lengths)[:, None] + torch.arange(t)  # (B, t)
         positions = positions.to(device)
         start = max(self.lengths)
@@ -57,7 +57,7 @@ class KVCache:
         if ragged or start and t > 1:
             seen = torch.arange(self.end, device=device)
             self.mask = seen <= positions[:, None, :, None]  # (B, 1, t, end)
-        x = model.body(idx.to(device).reshape(-1), positions.reshape(-1), self)
+        x = model.body(idx.view(-1), positions.reshape(-1), self)
         last = [row * t + len(ids) - 1 for row, ids in enumerate(texts)]
         self.lengths = [n + len(ids) for n, ids in zip(self.lengths, texts)]
         return model.head(x[last])
@@ -102,7 +102,7 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
             logits = cache.step(model, [texts[i][-1:] for i in answers])
         chosen = choose(logits.float(), sampling, generator, [texts[i] for i in answers])
         tokens = [None] * len(texts)
-        rows = []
+        rows = []  # of the answers that go on
         for row, token in enumerate(chosen.tolist()):
             tokens[answers[row]] = token
             texts[answers[row]].append(token)
@@ -111,8 +111,8 @@ def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, st
         yield tokens
         if not rows:
             return
-        # Answers that have ended leave the batch.
         if len(rows) < len(answers):
+            # The others leave the batch.
             cache.keep(rows)
             answers = [answers[row] for row in rows]
 

@@ -14,7 +14,7 @@ import jinja2  # comes with torch
 import tokenizers  # comes with transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from core.conversation import TEMPLATES, Special, Turn
+from core.conversation import TEMPLATES, Turn
 from core.tokenizer import to_unicode
 
 # Inside a tag that somebody typed, so that it is not one.
@@ -54,12 +54,12 @@ def chat_template(name, tokenizer):
     The form comes from the Template itself, which is asked for turns whose text is JOINT.
     """
     template = TEMPLATES[name]
-    user = [piece for piece, _ in template.turn(Turn('user', JOINT))]
+    user = [piece for piece, _, _ in template.turn(Turn('user', JOINT))]
     assistant = list(template.turn(Turn('assistant', JOINT)))
-    before_answer = [piece for piece, supervised in assistant if not supervised]
-    answer = [piece for piece, supervised in assistant if supervised]
+    before_answer = [piece for piece, _, supervised in assistant if not supervised]
+    answer = [piece for piece, _, supervised in assistant if supervised]
     # Two texts side by side would be encoded as one, and could fuse to other tokens.
-    fuses = not isinstance(user[-1], Special) and not before_answer
+    fuses = '{text}' in template.user[-1] and not before_answer
     tags = [(literal(tag), literal(tag[0] + BREAK + tag[1:])) for tag in tokenizer.special]
     text = ENVIRONMENT.get_template('chat_template.jinja').render(
         name=name, opening=template.opening, closing=template.closing, user=user,

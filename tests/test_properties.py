@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import sample
 from configurator import UserError
-from core.conversation import TEMPLATES, Special, Turn, answer_text, encode, prompt, to_text
+from core.conversation import TEMPLATES, Turn, answer_text, encode, prompt, to_text
 from core.readback import decode, from_text
 from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
 
@@ -55,8 +55,8 @@ def test_a_conversation_reads_back_as_it_went_in(template):
             assert 'heading' in str(error) and form.headings
             return
         assert n_lost == 0 and decode(ids, mask, BPE, template) == turns
-        pieces = [piece for turn in turns for piece, _ in form.turn(turn)]
-        tags = [piece for piece in pieces if isinstance(piece, Special)]
+        pieces = [piece for turn in turns for piece in form.turn(turn)]
+        tags = [piece for piece, is_text, _ in pieces if not is_text]
         assert specials(ids) == [*form.opening, *tags, *form.closing]
         learned = [turn for turn in turns if turn.role == 'assistant' and turn.supervised]
         texts = [form.lead + turn.text + form.assistant[-1] for turn in learned]
