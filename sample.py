@@ -38,6 +38,7 @@ class Config:
     min_p: Share = 0.0         # drop tokens less likely than this, relative to the likeliest
     repetition_penalty: Positive = 1.0  # over 1: tokens of the text become less likely
     no_repeat_ngram_size: Natural = 0  # n: no n tokens stand in the text twice
+    trim: Literal['', 'sentence'] = ''  # cut answers after their last full stop
     seed: Seed = 1337          # the same seed gives the same text
     # the machine
     device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
@@ -70,7 +71,8 @@ def answer(config, opened, template, prompt, seed, before=''):
     n = config.num_samples
     readers = [AnswerText(opened.tokenizer, template) for _ in range(n)]
     texts = [''] * n
-    if n == 1:
+    streamed = n == 1 and not config.trim
+    if streamed:
         print(before, end='', flush=True)
     steps = generate(opened.model, [prompt], config.max_new_tokens, sampling, n, seed, stops)
     for tokens in steps:
@@ -78,13 +80,17 @@ def answer(config, opened, template, prompt, seed, before=''):
             if token is not None and token not in stops:
                 new = readers[i].add([token])
                 texts[i] += new
-                if n == 1:
+                if streamed:
                     print(new, end='', flush=True)
-    if n == 1:
+    if streamed:
         print()
         return texts[0]
     for text in texts:
-        print(f'{before}{text}\n---------------')
+        if config.trim and '.' in text:
+            text = text[:text.rindex('.') + 1]
+        print(before + text)
+        if n > 1:
+            print('---------------')
     return text
 
 

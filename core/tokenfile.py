@@ -136,9 +136,10 @@ def open_split(folder, split, vocab_size):
             size = os.path.getsize(path)
             arrays.append(np.memmap(path, dtype, mode='r') if size else np.zeros(0, dtype))
     ids, mask, starts = arrays
-    expected = [counts[key] for key in COUNTS] + [len(ids), len(ids)]
-    found = [len(starts) - 1, len(ids), np.count_nonzero(mask), len(mask), starts[-1]]
-    if found != expected or starts[0] != 0 or (np.diff(starts) <= 0).any():
+    expected = [counts[key] for key in COUNTS] + [len(ids)]
+    found = [len(starts) - 1, len(ids), np.count_nonzero(mask), len(mask)]
+    whole = found == expected and starts[0] == 0 and starts[-1] == len(ids)
+    if not whole or (np.diff(starts) <= 0).any():
         raise UserError(f'the files of split {split!r} in {folder} disagree with meta.json. '
                         'Prepare the folder again.')
     if (ids >= vocab_size).any():

@@ -17,9 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import conftest
 import core.trainer
 import model as models
-from configurator import UserError
-from core import processes
-from core.processes import Processes
 from core.rows import make_batch
 from model import GPT
 
@@ -96,15 +93,6 @@ def test_the_variable_length_kernel_is_used_where_it_works(
     assert not models.can_use_varlen(qkv, n_head=4)
 
 
-def test_torchrun_on_a_mac_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    config = SimpleNamespace(device='auto', gradient_accumulation_steps=2, timeout_s=9)
-    with pytest.raises(UserError, match='^torchrun needs CUDA or --device=cpu: .*$'):
-        with processes.processes(config):
-            pass
-
-
 # ---- values ----
 
 def test_a_bfloat16_run_goes_on_in_float16(data, tmp_path, monkeypatch, no_pictures):
@@ -150,27 +138,3 @@ def test_on_a_mac_no_matrix_product_sums_over_32767_terms_or_more(monkeypatch):
     most_on_mac, gradient_on_mac = learn()
     assert most_on_mac < 32_767 < 40_000 < most
     torch.testing.assert_close(gradient, gradient_on_mac, rtol=1e-4, atol=1e-4)
-
-
-# ---- a lost process ----
-
-def test_a_step_waits_for_the_gradients_before_it_reads_a_value(
-        data, tmp_path, monkeypatch, no_pictures):
-    """Reading waits forever if a process is lost. Processes.wait gives up after timeout_s."""
-    events = []
-
-    def note(owner, name):
-        plain = getattr(owner, name)
-
-        def noting(*args):
-            events.append(name)
-            return plain(*args)
-        monkeypatch.setattr(owner, name, noting)
-
-    note(torch.Tensor, 'item')
-    note(torch.Tensor, 'tolist')
-    note(Processes, 'wait')
-    note(core.trainer.Trainer, 'train_step')
-    conftest.run(data, tmp_path, max_iters=1)
-    step = events[events.index('train_step'):]
-    assert step[1] == 'wait' and 'item' in step

@@ -61,9 +61,10 @@ def test_files_are_on_the_disk_before_their_names_and_meta_comes_last(tmp_path, 
     monkeypatch.setattr(os, 'replace', spy_replace)
     tokenfile.write(str(tmp_path), {'train': [([1, 2], [0, 1])]}, {})
     names = ['train.bin', 'train.mask.bin', 'train.idx.bin', 'meta.json']
-    flushed = [f'flush {name}' for name in names]
-    renamed = [f'rename to {name}' for name in names]
-    assert found == [*flushed, *renamed, f'flush {tmp_path.name}']
+    expected = []
+    for name in names:
+        expected += [f'flush {name}.tmp', f'rename to {name}', f'flush {tmp_path.name}']
+    assert found == expected
     found.clear()
     with write_whole(str(tmp_path / 'file')) as file:
         file.write('größe\n\r\n')

@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(data, whole, tmp_pa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with one_line('cannot write .*ckpt.pt: File too large'):
+        with one_line('cannot write .*ckpt.pt: .*File too large'):
             resume(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -167,7 +167,7 @@ def test_a_log_or_folder_that_cannot_be_written_to_is_a_line(data, tmp_path, mon
     def full(*_):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(runlog.csv.DictWriter, 'writerow', full)
-    with one_line('cannot write .*log.csv: No space left on device'):
+    with one_line('cannot write .*log.csv: .*No space left on device'):
         run(data, tmp_path, **SMALL)
 
 

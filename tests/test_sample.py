@@ -74,9 +74,11 @@ def test_an_answer_is_printed_by_characters_without_the_lead_of_its_template(
 
 def test_where_an_answer_ends(ask, script):
     prompts = script(['Paris.</assistant></conversation>'], ['Paris.<|endoftext|>and more'],
+                     ['One. Two. Thr</assistant>'],
                      ['one</assistant>', 'twenty-two</assistant>', 'no end at all'])
     assert ask(user='Where?').out == ask(user='Where?').out == 'Paris.\n'
     assert prompts[0] == conversation.prompt([Turn('user', 'Where?')], BYTES)
+    assert ask(user='?', trim='sentence').out == 'One. Two.\n'
     out = ask(user='?', num_samples=3, max_new_tokens=11).out
     assert out.split('\n---------------\n') == ['one', 'twenty-two', 'no end at a', '']
 
@@ -111,7 +113,7 @@ def test_a_chat_drops_the_oldest_turns_and_goes_on_after_a_mistake(ask, script):
     ({'start': 'FILE:nowhere.txt'}, 'nowhere.txt not found'),
     ({'user': '\udcff'}, 'the prompt cannot be read: UnicodeEncodeError'),
     ({'user': 'Answer: no', 'template': 'question'}, "contains the heading 'Answer:'"),
-    ({'user': 'a', 'out_dir': 'nowhere'}, 'nowhere/best.pt not found. Expected a checkpoint')])
+    ({'user': 'a', 'out_dir': 'nowhere'}, 'nowhere has no checkpoint. Train one')])
 def test_a_mistake_is_a_line(ask, keys, said):
     with pytest.raises(UserError) as caught:
         ask(**keys)
