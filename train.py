@@ -278,7 +278,7 @@ def main(argv):
     config = configurator.load(Config, argv, check=False)
     if config.init_from == 'resume':
         # The keys of that run are the defaults of this one.
-        path = checkpoint.find_run(config.out_dir)
+        path = checkpoint.find(config.out_dir) or os.path.join(config.out_dir, 'ckpt.pt')
         saved = checkpoint.load(path).config | {'init_from': 'resume'}
         config = configurator.load(Config, argv, saved)
         config = replace(config, out_dir=os.path.dirname(path))

@@ -50,8 +50,9 @@ def save(checkpoint, path):
 
 
 def load(path):
-    """The Checkpoint at path. UserError if it is not one of this code."""
-    with reading(path, 'Expected a checkpoint of train.py.'):
+    """The Checkpoint at path. UserError if there is none, or if it is not one of this code."""
+    with reading(path, 'Expected a checkpoint. Train one: python train.py '
+                       'config/finetune_oasst.py, or name its folder: --out_dir=FOLDER'):
         contents = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if 'iter_num' in contents:
             raise UserError(f"{path} is nanoGPT's. {pretrained.CONVERT}{path}")
@@ -70,7 +71,7 @@ def load(path):
 
 
 def find(folder, which='last'):
-    """The path of a checkpoint of the run saved last, in the folder or in one in it; or None.
+    """The path of a checkpoint of the run saved last, in the folder or in one in it, or None.
 
     which: 'last' or 'best', of a run that has both.
     """
@@ -82,15 +83,6 @@ def find(folder, which='last'):
     newest = max(found, key=os.path.getmtime).parent
     found = [path for path in found if path.parent == newest]
     return str(min(found, key=lambda path: names.index(path.name)))
-
-
-def find_run(out_dir, which='last'):
-    """The same; UserError if there is none."""
-    path = find(out_dir, which)
-    if not path:
-        raise UserError(f'{out_dir} has no checkpoint. Train one: python train.py '
-                        'config/finetune_oasst.py, or name its folder: --out_dir=FOLDER')
-    return path
 
 
 # With one of these changed it would be another run.
@@ -143,7 +135,10 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
     which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the data,
     which must be the model's. tags: add the six tags to a model that does not know them.
     """
-    path = find_run(out_dir, which) if init_from == 'resume' else find(init_from, which)
+    if init_from == 'resume':
+        path = find(out_dir, which) or os.path.join(out_dir, 'ckpt.pt')
+    else:
+        path = find(init_from, which)
     # A checkpoint of ours, or anything in transformers' form.
     if path:
         opened = open_checkpoint(path)

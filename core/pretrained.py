@@ -138,17 +138,15 @@ def from_hub(name):
     """The local folder of a hub model, downloaded into transformers' cache on first use."""
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
     # Comes with transformers; not always needed.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
     small = ['config.json', 'tokenizer.json', 'vocab.json']
     try:
         # First without the network: most often everything is there.
         folder = snapshot_download(name, allow_patterns=small, local_files_only=True)
         if find_weights(folder):
             return folder
-    except errors.HFValidationError:
-        raise UserError(f'{name} is neither a folder nor the name of a hub model.') from None
-    except errors.LocalEntryNotFoundError:
-        pass  # not in the cache
+    except (OSError, ValueError):
+        pass  # it is not in the cache
     try:
         folder = snapshot_download(name, allow_patterns=small)
         # Another architecture is refused before its weights are fetched.
@@ -157,7 +155,7 @@ def from_hub(name):
         for file in WEIGHTS:
             if not find_weights(folder):
                 snapshot_download(name, allow_patterns=[*small, file])
-    except OSError as error:  # the network's errors
+    except (OSError, ValueError) as error:  # no network, or no such name
         raise UserError(f'{name} is not a folder here, and could not be downloaded from the hub '
                         f'({type(error).__name__}). Check the name and the network.') from None
     # The cache names a large file by the sha256 that the hub announced.

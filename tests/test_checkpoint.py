@@ -55,7 +55,7 @@ def test_the_run_saved_last_is_found_in_the_folder_or_below(tmp_path):
     for folder in folders:
         assert checkpoint.find(str(tmp_path)) == str(folder / 'ckpt.pt')
         (folder / 'ckpt.pt').unlink()
-    with pytest.raises(UserError, match='has no checkpoint.*--out_dir=FOLDER'):
+    with pytest.raises(UserError, match='ckpt.pt not found.*--out_dir=FOLDER'):
         checkpoint.open_model('resume', str(tmp_path))
 
 

@@ -113,7 +113,7 @@ def test_a_chat_drops_the_oldest_turns_and_goes_on_after_a_mistake(ask, script):
     ({'start': 'FILE:nowhere.txt'}, 'nowhere.txt not found'),
     ({'user': '\udcff'}, 'the prompt cannot be read: UnicodeEncodeError'),
     ({'user': 'Answer: no', 'template': 'question'}, "contains the heading 'Answer:'"),
-    ({'user': 'a', 'out_dir': 'nowhere'}, 'nowhere has no checkpoint. Train one')])
+    ({'user': 'a', 'out_dir': 'nowhere'}, 'nowhere/ckpt.pt not found. Expected a checkpoint')])
 def test_a_mistake_is_a_line(ask, keys, said):
     with pytest.raises(UserError) as caught:
         ask(**keys)

@@ -129,8 +129,8 @@ def test_a_pretrained_folder_gets_the_tags_and_trains(data, tmp_path, vocab_size
 
 @pytest.mark.parametrize('changes, said', [
     ({'dataset': 'nothing'}, 'nothing/meta.json not found'),
-    ({'init_from': 'gpt 5'}, 'neither a folder nor the name of a hub model'),
-    ({'init_from': 'resume'}, 'out has no checkpoint'),
+    ({'init_from': 'gpt 5'}, 'gpt 5 is not a folder here'),
+    ({'init_from': 'resume'}, 'ckpt.pt not found. Expected a checkpoint. Train one'),
     ({'dataset': 'colours,alien'}, 'were prepared with different vocabularies'),
     ({'dataset': 'unvalidated', 'eval_only': True}, 'unvalidated has no validation data'),
     ({'block_size': 4}, 'nothing to learn in train: of 61 conversations, 61 are longer'),
