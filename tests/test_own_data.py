@@ -187,7 +187,7 @@ def test_three_commands(script, tmp_path, vocabulary):
     assert train[:2] == ['train.py', 'config/finetune_own.py'] and '--dataset=mine' in train
     done = script(*train, '--init_from=scratch', '--n_layer=1', '--n_head=2', '--n_embd=32',
                   '--device=cpu')
-    assert '3 steps of 8 rows are 3.43 epochs' in done.stdout
+    assert '6 steps of 4 rows are 3.43 epochs' in done.stdout
     sample = next_command(done)
     done = script(*sample, '--max_new_tokens=9', input='What colour has number 7?\nAnd 8?\n')
     assert done.returncode == 0 and len(done.stdout.split()) > 2, done.stderr
