@@ -24,54 +24,53 @@ from configurator import Count, Fraction, Natural, NonNegative, Range, Seed, Use
 @dataclass(frozen=True)
 class Config:
     # where from, where to
-    init_from: str = 'gpt2'          # scratch, resume, a hub name such as gpt2-medium, or a folder
-    out_dir: str = 'out'             # for ckpt.pt, best.pt, log.csv and loss.png
-    overwrite: bool = False          # replace the run that is in out_dir
-    dataset: str = 'oasst'           # a prepared folder in data_dir; several with commas are mixed
-    data_dir: str = 'data'           # looked for here, then beside train.py
+    init_from: str = 'gpt2'     # scratch, resume, a hub name such as gpt2-medium, or a folder
+    out_dir: str = 'out'        # for ckpt.pt, best.pt, log.csv and loss.png
+    overwrite: bool = False     # replace the run that is in out_dir
+    dataset: str = 'oasst'      # a prepared folder in data_dir; several, with commas, are mixed
+    data_dir: str = 'data'      # looked for here, then beside train.py
     # how long, how often
-    max_iters: Natural = 0           # optimizer steps; 0 sets no limit
-    epochs: Annotated[float, Range(0, 1e6)] = 0.0  # passes; 0: no limit, or 3 without max_iters
-    eval_interval: Count = 100       # steps between evaluations, which also save
-    eval_iters: Natural = 0          # batches in an evaluation; 0 for the whole validation set
-    eval_only: bool = False          # evaluate once and stop
-    log_interval: Count = 10         # steps between lines of the log
-    sample_every: Natural = 0        # steps between answers to sample_prompt, to watch; 0 for none
+    max_iters: Natural = 0      # optimizer steps; 0 sets no limit
+    epochs: Annotated[float, Range(0, 1e6)] = 0.0  # 0: no limit, or 3 without max_iters
+    eval_interval: Count = 100  # steps between evaluations, which also save
+    eval_iters: Natural = 0     # batches in an evaluation; 0 for the whole validation set
+    eval_only: bool = False     # evaluate once and stop
+    log_interval: Count = 10    # steps between lines; log.csv has every step
+    sample_every: Natural = 0   # steps between answers to sample_prompt; 0 for none
     sample_prompt: str = "What's the capital of France?"  # asked in the template
-    patience: Natural = 0            # stop after so many evaluations without a better one; 0 never
-    always_save_checkpoint: bool = True  # False: write ckpt.pt, too, only if val_loss improved
+    patience: Natural = 0       # stop after so many evaluations without a better one
+    always_save_checkpoint: bool = True  # False: write ckpt.pt only if val_loss improved
     # a step: gradient_accumulation_steps micro-batches of batch_size rows, over all processes
-    batch_size: Count = 4            # rows in a micro-batch
-    gradient_accumulation_steps: Count = 4  # micro-batches in a step, shared among the processes
-    block_size: Count = 1024         # positions in a row; longer conversations are left out
+    batch_size: Count = 4       # rows in a micro-batch
+    gradient_accumulation_steps: Count = 4  # micro-batches, shared among the processes
+    block_size: Count = 1024    # positions in a row; longer conversations are left out
     loss_on: Literal['response', 'all'] = 'response'  # the tokens that are learned
     # the shape of a model from scratch; a pretrained one brings its own
-    n_layer: Count = 12              # layers
-    n_head: Count = 12               # attention heads
-    n_embd: Count = 768              # width
-    bias: bool = True                # biases in linear layers and norms
-    dropout: Fraction = 0.0          # on the embeddings and after each half of a layer
+    n_layer: Count = 12         # layers
+    n_head: Count = 12          # attention heads
+    n_embd: Count = 768         # width
+    bias: bool = True           # biases in linear layers and norms
+    dropout: Fraction = 0.0     # on the embeddings and after each half of a layer
     # the optimizer: AdamW, linear warm-up, cosine decay
     learning_rate: NonNegative = 3e-5  # the highest
     weight_decay: NonNegative = 0.1  # of matrices; biases and norms have none
-    beta1: Fraction = 0.9            # AdamW
-    beta2: Fraction = 0.95           # AdamW
-    grad_clip: NonNegative = 1.0     # largest norm of the gradient; 0 does not clip
-    decay_lr: bool = True            # False keeps learning_rate after the warm-up
-    warmup_iters: Natural = 20       # steps of warm-up
-    lr_decay_iters: Natural = 0      # step at which min_lr is reached; 0 for the last
-    min_lr: NonNegative = 0.0        # the lowest
+    beta1: Fraction = 0.9       # AdamW
+    beta2: Fraction = 0.95      # AdamW
+    grad_clip: NonNegative = 1.0  # largest norm of the gradient; 0 does not clip
+    decay_lr: bool = True       # False keeps learning_rate after the warm-up
+    warmup_iters: Natural = 20  # steps of warm-up
+    lr_decay_iters: Natural = 0  # step at which min_lr is reached; 0 for the last
+    min_lr: NonNegative = 0.0   # the lowest
     # the machine
-    device: str = 'auto'             # auto, cpu, cuda, cuda:1, mps
+    device: str = 'auto'        # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
-    compile: bool = False            # torch.compile: slower to start, faster afterwards
-    timeout_s: Count = 600           # a process gives up if the others do not answer for so long
-    seed: Seed = 1337                # of the order of the data, dropout and a model from scratch
+    compile: bool = False       # torch.compile: slower to start, faster afterwards
+    seed: Seed = 1337           # of the order of the data, dropout and a new model
     # where the numbers of log.csv go as well
-    tensorboard: bool = False        # to out_dir/tensorboard
-    wandb_log: bool = False          # to Weights & Biases
-    wandb_project: str = ''          # of Weights & Biases
-    wandb_run_name: str = ''         # of Weights & Biases
+    tensorboard: bool = False   # to out_dir/tensorboard
+    wandb_log: bool = False     # to Weights & Biases
+    wandb_project: str = ''     # of Weights & Biases
+    wandb_run_name: str = ''    # of Weights & Biases
 
     def problems(self):
         """Combinations that cannot work."""

@@ -1,8 +1,8 @@
-"""Packing: conversations into rows, rows into batches, in an order that follows from the seed.
+"""Packing: conversations into rows, rows into batches.
 
     python -c "from core import rows; print(rows.pack([5, 4, 3, 2], 7, [0, 1, 2, 3]))"
 
-Which rows make up a step is a function of (seed, step) alone, so resuming needs no loader state.
+Which rows make up a step follows from (seed, step) alone, so resuming needs no loader state.
 """
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from core.files import Bar
 def pack(lengths, capacity, order):
     """Best-fit packing: rows, lists of conversations whose lengths add up to <= capacity.
 
-    The longest come first, each into the fullest row that has room for it; of equal ones, the
-    first in `order`. Rows are kept in a stack for each amount of room left. The bits of one integer
-    say which stacks are not empty, so that finding one takes no search.
+    The longest come first, each into the fullest row that has room for it; of equal ones,
+    the first in `order`. Rows are kept in a stack for each amount of room left. The bits of
+    one integer say which stacks are not empty, so that finding one takes no search.
     """
     lengths = np.asarray(lengths)
     order = np.asarray(order)
@@ -48,7 +48,7 @@ def pack(lengths, capacity, order):
 
 class Batch(NamedTuple):
     """Some rows as one stream of N tokens, conversations of equal length side by side."""
-    idx: np.ndarray  # (N,) int64: each conversation without its last token, which is only predicted
+    idx: np.ndarray  # (N,) int64: each conversation without its last token
     positions: np.ndarray  # (N,) int64, restarting in each conversation
     runs: list  # [(how many, length), …] of the conversations, in order
     at: np.ndarray  # (S,) int64: where in the stream supervised tokens are predicted
@@ -64,8 +64,7 @@ def make_batch(split, conversations):
     idx = np.concatenate([ids[:-1] for ids, _ in pairs]).astype(np.int64)
     targets = np.concatenate([ids[1:] for ids, _ in pairs]).astype(np.int64)
     # A position predicts the token after it, so the mask moves by one.
-    mask = np.concatenate([mask[1:] for _, mask in pairs])
-    at = np.flatnonzero(mask)
+    at = np.flatnonzero(np.concatenate([mask[1:] for _, mask in pairs]))
     positions = np.concatenate([np.arange(length) for length in lengths])
     different, counts = np.unique(lengths, return_counts=True)
     runs = list(zip(counts.tolist(), different.tolist()))
@@ -73,9 +72,10 @@ def make_batch(split, conversations):
 
 
 class Rows:
-    """The rows of a split, each of whole conversations, up to block_size positions.
+    """The rows of a split: whole conversations, together up to block_size positions.
 
-    Longer conversations are left out, and those with nothing supervised.
+    Longer ones are left out, and those with nothing supervised. Rows are counted through
+    all epochs. Without a seed, each epoch has the same order.
     """
 
     def __init__(self, split, block_size, seed=None):
@@ -89,32 +89,33 @@ class Rows:
         if not len(self.usable):
             raise UserError(
                 f'nothing to learn in {split.name}: of {len(split)} conversations, '
-                f'{self.n_too_long} are longer than block_size={block_size}, and the others have '
-                'no supervised token.')
+                f'{self.n_too_long} are longer than block_size={block_size}, and the '
+                'others have no supervised token.')
         # A step may need the end of one epoch and the beginning of the next.
         self.epoch = lru_cache(maxsize=2)(self.make_epoch)
         self.n_rows = len(self.epoch(0))  # the same in each epoch
 
     def make_epoch(self, epoch):
-        """The rows of one epoch, lists of conversations. Not shuffled if seed is None."""
+        """The rows of one epoch, lists of conversations."""
+        lengths = self.split.lengths - 1
         if self.seed is None:
-            return pack(self.split.lengths - 1, self.block_size, self.usable)
+            return pack(lengths, self.block_size, self.usable)
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         # Two shuffles: which conversations share a row, and the order of the rows.
-        order = rng.permutation(self.usable)
-        rows = pack(self.split.lengths - 1, self.block_size, order)
+        rows = pack(lengths, self.block_size, rng.permutation(self.usable))
         return [rows[i] for i in rng.permutation(len(rows))]
 
     def describe(self):
         """A line for a person."""
         lengths = self.split.lengths[self.usable]
+        n_supervised = self.split.n_supervised[self.usable].sum()
         full = (lengths - 1).sum() / self.n_rows / self.block_size
-        return (f'{self.split.name}: {len(lengths):,} conversations, {lengths.sum():,} tokens, '
-                f'{self.split.n_supervised[self.usable].sum():,} supervised, in {self.n_rows:,} '
-                f'rows of {self.block_size} ({full:.1%} full); {self.n_too_long:,} too long')
+        return (f'{self.split.name}: {len(lengths):,} conversations, {lengths.sum():,} '
+                f'tokens, {n_supervised:,} supervised, in {self.n_rows:,} rows of '
+                f'{self.block_size} ({full:.1%} full); {self.n_too_long:,} too long')
 
     def conversations(self, start, stop):
-        """The conversations of rows start to stop, counted through all epochs."""
+        """The conversations of rows start to stop."""
         found = []
         for i in range(start, stop):
             found += self.epoch(i // self.n_rows)[i % self.n_rows]
@@ -129,9 +130,9 @@ class Rows:
         return int(self.split.n_supervised[self.conversations(start, stop)].sum())
 
     def batches(self, batch_size, first=0, every=1, limit=0, what=''):
-        """Yield the Batches of one epoch: number `first`, then each `every`th, of `limit` in all.
+        """Yield the Batches of one epoch: number `first`, then each `every`th.
 
-        limit=0 is the whole epoch. what: names a progress bar.
+        limit: how many there are in all, 0 for the whole epoch. what: names a progress bar.
         """
         n = -(-self.n_rows // batch_size)
         numbers = range(first, min(n, limit or n), every)

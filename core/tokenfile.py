@@ -2,9 +2,9 @@
 
     python -c "from core import tokenfile as t; print(t.Split(['data/oasst'], 'train').lengths)"
 
-For each split a folder holds SPLIT.bin (uint16 ids, one conversation after another, as nanoGPT has
-it), SPLIT.mask.bin (uint8, 1 on supervised tokens) and SPLIT.idx.bin (int64, where each
-conversation starts, and the end). meta.json is written last: where it is, the rest is whole.
+For each split a folder holds SPLIT.bin (uint16 ids, one conversation after another, as nanoGPT
+has it), SPLIT.mask.bin (uint8, 1 on supervised tokens) and SPLIT.idx.bin (int64, where each
+conversation starts, and the end). Where meta.json is, which is written last, the rest is whole.
 """
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ COUNTS = ('conversations', 'tokens', 'supervised_tokens')
 
 
 def write(folder, splits, meta):
-    """Write a prepared data set: all of its files, or none. Returns meta with the counts added.
+    """Write a prepared data set; returns meta with the counts added.
 
     splits: {name: [(ids, mask), …]}, two arrays (n,) for each conversation.
     """
@@ -39,14 +39,15 @@ def write(folder, splits, meta):
         digests = b''
         for ending, dtype in DTYPES.items():
             # The empty list is there because a split may have no conversation.
-            data = np.concatenate([[], *arrays[ending]], dtype=dtype, casting='unsafe').tobytes()
+            parts = [[], *arrays[ending]]
+            data = np.concatenate(parts, dtype=dtype, casting='unsafe').tobytes()
             digests += hashlib.sha256(data).digest()
             files[split + ending] = data
         n_supervised = files[split + '.mask.bin'].count(1)
         counts[split] = dict(zip(COUNTS, (len(lengths), sum(lengths), n_supervised)))
         counts[split]['sha256'] = hashlib.sha256(digests).hexdigest()
     meta = {'format_version': FORMAT_VERSION, **meta, 'splits': counts}
-    # It comes last: a folder without it is not read.
+    # It is removed first and comes last: a folder without it is not read.
     files['meta.json'] = json.dumps(meta, indent=1).encode()
     with only_writer(folder):
         with contextlib.suppress(FileNotFoundError):
@@ -58,12 +59,13 @@ def write(folder, splits, meta):
 
 
 def find_folders(dataset, data_dir):
-    """The folders of data sets, a comma list of names, in data_dir here or beside the scripts."""
+    """The folders of data sets, names with commas, in data_dir here or beside the scripts."""
     folders = []
     for name in dataset.split(','):
         folder = os.path.join(data_dir, name.strip())
-        if not os.path.isdir(folder) and os.path.isdir(os.path.join(REPOSITORY, folder)):
-            folder = os.path.join(REPOSITORY, folder)
+        beside = os.path.join(REPOSITORY, folder)
+        if not os.path.isdir(folder) and os.path.isdir(beside):
+            folder = beside
         folders.append(folder)
     return folders
 
@@ -71,18 +73,20 @@ def find_folders(dataset, data_dir):
 def read_meta(folder):
     """meta.json of a prepared folder, a dict."""
     path = os.path.join(folder, 'meta.json')
-    with reading(path, 'Prepare the data first: python data/oasst/prepare.py, or another one.'):
+    with reading(path, 'Prepare the data first, for example: python data/oasst/prepare.py'):
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
-        if meta['format_version'] != FORMAT_VERSION:
-            raise ValueError(f"format {meta['format_version']!r}, this code reads {FORMAT_VERSION}")
-        if meta['template'] not in TEMPLATES:
-            raise ValueError(f"template {meta['template']!r}, known are {', '.join(TEMPLATES)}")
+        version = meta['format_version']
+        template = meta['template']
+        if version != FORMAT_VERSION:
+            raise ValueError(f'format {version!r}, this code reads {FORMAT_VERSION}')
+        if template not in TEMPLATES:
+            raise ValueError(f'template {template!r}, known are {", ".join(TEMPLATES)}')
         return meta
 
 
 def fingerprint(meta):
-    """Hash of the token files, by their meta.json. A run can be resumed only on equal ones."""
+    """Hash of the token files, by their meta.json. A run is resumed only on equal ones."""
     splits = json.dumps(meta['splits'], sort_keys=True)
     return hashlib.sha256(splits.encode()).hexdigest()
 
@@ -90,8 +94,8 @@ def fingerprint(meta):
 class Split:
     """One split of one or more prepared folders: conversation i -> (ids, loss mask).
 
-    lengths, n_supervised: (conversations,) int64. loss_on='all' supervises every token. UserError
-    if files are missing or disagree, or if they hold ids beyond vocab_size.
+    lengths, n_supervised: (conversations,) int64. loss_on='all' supervises every token.
+    UserError if files are missing or disagree, or if they hold ids beyond vocab_size.
     """
 
     def __init__(self, folders, split, loss_on='response', vocab_size=2 ** 16):
@@ -126,8 +130,8 @@ def open_split(folder, split, vocab_size):
     """(ids, mask, starts): memory maps of one split, checked against meta.json."""
     counts = read_meta(folder)['splits'].get(split)
     if not counts:
-        raise UserError(f'{folder} has no split {split!r}. Prepare it again with a part set aside '
-                        'for it.')
+        raise UserError(f'{folder} has no split {split!r}. Prepare it again with a part set '
+                        'aside for it.')
     arrays = []
     for ending, dtype in DTYPES.items():
         path = os.path.join(folder, split + ending)

@@ -2,8 +2,8 @@
 
     python -c "from core import tokenizer; print(tokenizer.load('gpt2').encode('Hello'))"
 
-Text is always encoded as ordinary text: it never produces <|endoftext|>, a tag or any other special
-token. Source: Radford et al. 2019, https://github.com/openai/gpt-2/blob/master/src/encoder.py
+Text is encoded as ordinary text: it never produces <|endoftext|>, a tag or any other special
+token. Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py
 """
 import hashlib
 import json
@@ -27,8 +27,8 @@ GPT2_MERGES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/v
 GPT2_MERGES_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
 GPT2_SHA256 = 'e9e45993123ec6a64707a12a963fa02d1c51d715b1f66650519ed8c417fbfaff'
 
-# GPT-2's files write a byte as one character: itself where it is printable, else the next from
-# U+0100 on.
+# GPT-2's files write a byte as one character: itself where it is printable, else the next
+# from U+0100 on.
 CHAR_OF = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
 for b in range(256):
     CHAR_OF.setdefault(b, chr(len(CHAR_OF) + 68))
@@ -48,8 +48,8 @@ def to_bytes(token):
 class Tokenizer:
     """A vocabulary: text tokens as bytes, in order of merging, and special tokens.
 
-    added: {special piece: id}. Text tokens have the ids that are left, in order. The six tags
-    come last, if `tags`.
+    added: {special piece: id}. Text tokens have the ids that are left. The six tags come
+    last, if `tags`.
     """
 
     def __init__(self, name, tokens, tags, added=None):
@@ -73,11 +73,11 @@ class Tokenizer:
                                  special_tokens=self.special)
 
     def encode(self, text):
-        """Ordinary text -> uint32 array of ids. ValueError for half a surrogate pair."""
+        """Ordinary text -> uint32 ids. ValueError for half a surrogate pair."""
         return self._bpe.encode_to_numpy(text, disallowed_special=())
 
     def encode_with_tags(self, text):
-        """For text typed by whoever runs the script: special tokens in it count as such."""
+        """Text of whoever runs the script: special tokens in it count as such."""
         return self._bpe.encode_to_numpy(text, allowed_special='all')
 
     def decode_bytes(self, ids):
@@ -107,7 +107,8 @@ class Tokenizer:
 
     def state(self):
         """What checkpoints and meta.json keep: GPT-2's own by name, any other one whole."""
-        state = {'name': self.name, 'sha256': self.sha256, 'tags': self.tags, 'tokens': None}
+        state = {'name': self.name, 'sha256': self.sha256, 'tags': self.tags}
+        state['tokens'] = None
         if self.name != 'gpt2' or state['sha256'] != GPT2_SHA256:
             state['tokens'] = [to_unicode(token) for token in self.tokens]
             state['added'] = self.added
@@ -129,10 +130,11 @@ def load(name, tags=True):
         with reading(path, 'Make it from a model: python formats/convert.py --input=MODEL'):
             with open(path, encoding='utf-8') as file:
                 return from_state({**json.load(file), 'tags': tags})
-    with reading("GPT-2's vocabulary", 'Connect to the network once, or set TIKTOKEN_CACHE_DIR '
-                                       'to a folder that has it.'):
-        merges = read_file_cached(GPT2_MERGES, GPT2_MERGES_SHA256).decode().split('\n')[1:-1]
+    with reading("GPT-2's vocabulary", 'Connect to the network once, or set '
+                                       'TIKTOKEN_CACHE_DIR to a folder that has it.'):
+        merges = read_file_cached(GPT2_MERGES, GPT2_MERGES_SHA256).decode()
     # First the 256 bytes, in GPT-2's order, then one token for each merge.
     tokens = [bytes([b]) for b in CHAR_OF]
-    tokens += [to_bytes(merge.replace(' ', '')) for merge in merges]
+    for merge in merges.split('\n')[1:-1]:
+        tokens.append(to_bytes(merge.replace(' ', '')))
     return Tokenizer('gpt2', tokens, tags)

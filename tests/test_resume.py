@@ -225,8 +225,8 @@ def test_a_checkpoint_of_the_first_version_goes_on(data, whole, tmp_path, stop_a
     stop_after(7)
     saved = run(data, tmp_path, **SMALL)
     stop_after(0)
-    del saved.config['timeout_s'], saved.conditions
-    saved.config |= {'keep': 0, 'backend': ''}
+    del saved.config['patience'], saved.conditions
+    saved.config |= {'keep': 0, 'timeout_s': 60}
     torch.save(vars(saved), tmp_path / 'old.pt')
     os.replace(tmp_path / 'old.pt', tmp_path / 'ckpt.pt')
     resume(tmp_path)
