@@ -36,6 +36,8 @@ from core.device import keep_freed_memory, pick_device
 from web.batching import Batch, Worker
 
 CLOSING_S = 3  # how long answers may go on after Ctrl-C or SIGTERM
+# What the page offers to ask, unless the model's own data has better questions.
+EXAMPLES = ["What's the capital of France?", 'Why is the sky blue?', 'Write a haiku about the sea.']
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,12 @@ def open_served(config, init_from, role, template=''):
     opened = checkpoint.open_model(init_from, config.out_dir, config.which, tags=tags)
     template = template or opened.template or 'question'
     dtype = prepare(opened.model, device, config.dtype)
+    # What clients call it.
     name = opened.folder if init_from == 'resume' else os.path.normpath(init_from)
-    print(f'{name}: {opened.description}, on {device} in {dtype}, template {template}', flush=True)
+    about = f'{opened.description}, on {device} in {dtype}, template {template}'
+    print(f'{name}: {about}', flush=True)
     window = opened.model.config.block_size
     batch = Batch(opened.model, config.batch_size, config.queue, config.remember)
-    questions = []
-    if role == 'tuned' and opened.checkpoint:
-        questions = examples(opened)
     entry = {
         'id': name,
         'object': 'model',
@@ -96,44 +97,44 @@ def open_served(config, init_from, role, template=''):
         'description': opened.description,
         'template': template,
         'window': window,
-        'examples': questions,
+        'examples': examples(opened),
         'defaults': {'temperature': config.temperature, 'max_tokens': config.max_new_tokens},
     }
     return Served(name, opened, template, window, batch, entry)
 
 
 def examples(opened):
-    """Three short questions of the data that the model was tuned on, if it is still there."""
-    config = opened.checkpoint.config
-    try:
+    """Three short questions of the model's validation data, as far as that is still there."""
+    found = []
+    # A file that is gone or has changed is no reason to refuse the model.
+    with contextlib.suppress(UserError, LookupError, ValueError):
+        config = opened.checkpoint.config if opened.checkpoint else {}
         folder = tokenfile.find_folders(config['dataset'], config['data_dir'])[0]
         template = tokenfile.read_meta(folder)['template']
-        split = tokenfile.Split([folder], 'val', 'response', opened.tokenizer.vocab_size)
-        texts = []
+        split = tokenfile.Split([folder], 'val', vocab_size=opened.tokenizer.vocab_size)
         for i in range(min(len(split), 200)):
-            turns = readback.decode(*split[i], opened.tokenizer, template)
-            texts.append(turns[0].text)
-        return [text for text in texts if len(text) < 80][:3]
-    except (UserError, LookupError, ValueError) as error:
-        print(f'no questions to try from its data: {error}', file=sys.stderr)
-        return []
+            question = readback.decode(*split[i], opened.tokenizer, template)[0]
+            if len(question.text) < 80 and not question.context:
+                found.append(question.text)
+    return [*found, *EXAMPLES][:3]
+
+
+def allow_connections():
+    """Allow as many open files, one for each client, as the system lets us have."""
+    # Windows has no such limit, and a Mac may refuse so high a one.
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def listen(host, port):
     """A socket that listens there; UserError if it cannot."""
     try:
-        return socket.create_server((host, port), backlog=2048)
+        return socket.create_server((host, port))
     except OSError as error:
         raise UserError(f'cannot listen on {host}:{port}: {error.strerror}. '
                         'Choose another port with --port=N; 0 takes any that is free.') from None
-
-
-def allow_connections(n=8192):
-    """Allow so many open files, one for each client, or as many as the system lets us have."""
-    with contextlib.suppress(ImportError):  # on Windows
-        import resource
-        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(n, most)), most))
 
 
 def make_server(config):
@@ -144,33 +145,19 @@ def make_server(config):
     worker = Worker([model.batch for model in models])
     server = uvicorn.Server(uvicorn.Config(
         make_app(config, models, worker),
+        lifespan='off',
+        ws='none',
         log_level='error',
-        timeout_graceful_shutdown=CLOSING_S + 1,
+        timeout_graceful_shutdown=CLOSING_S + 2,  # then connections are closed
     ))
     return server, worker
-
-
-def stop_on_signals(server, worker):
-    """On Ctrl-C or SIGTERM, let the answers end that are being written, and then the process."""
-    def stop(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # the second signal ends the process at once
-        logging.disable()  # that clients are cut off now is no news
-        server.should_exit = True
-        timer = threading.Timer(CLOSING_S, worker.end_all)
-        timer.daemon = True
-        timer.start()
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
 
 
 def serve(server, worker, listening):
     """Answer until the server is told to exit."""
     def answer():
-        try:
-            server.run(sockets=[listening])
-        finally:
-            worker.stop()
+        server.run(sockets=[listening])
+        worker.stop()
 
     # The models compute in this thread, which has loaded them: each thread that computes has a
     # team of OpenMP threads, and two teams would wait for each other.
@@ -185,7 +172,16 @@ def main(argv):
     # The port first: a mistake there should not wait for a model to load.
     with listen(config.host, config.port) as listening:
         server, worker = make_server(config)
-        stop_on_signals(server, worker)
+
+        def stop(number, frame):
+            logging.disable()  # that clients are cut off now is no news
+            server.should_exit = True
+            timer = threading.Timer(CLOSING_S, worker.end_all)
+            timer.daemon = True
+            timer.start()
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         address = f'http://{config.host}:{listening.getsockname()[1]}'
         print(f'chat: {address}/   API: {address}/v1   Ctrl-C stops', flush=True)
         serve(server, worker, listening)

@@ -14,7 +14,6 @@ pytest.importorskip('openai', reason="httpx2, which starlette's test client need
 
 import serve
 from starlette.testclient import TestClient
-from web.answers import Text
 from web.app import make_app
 
 QUESTION = [{'role': 'user', 'content': 'What is the capital of France?'}]
@@ -39,10 +38,11 @@ class Client(TestClient):
         for token in self.answer:
             if token in request.stops:
                 request.end('stop')
-                return
+                return True
             request.written.append(token)
             request.deliver([token], None)
         request.end(self.finish)
+        return True
 
     def text(self, path=CHAT, **body):
         """An answer and why it ended; both must be the same streamed and whole."""
@@ -80,18 +80,20 @@ def test_an_answer_starts_and_stops_as_its_template_says(template, text):
 
 
 def test_a_stop_string_is_found_wherever_the_tokens_end():
-    text = Text(BYTES, 'plain', ['END', '?!'])
-    assert [text.add([byte], None) for byte in ' 🙂ENE'.encode()] == [''] * 6 + ['🙂', 'E']
-    assert (text.add(b'ND more', None), text.finish) == ('N', 'stop')
+    client = Client(answer=' 🙂ENEND?!'.encode(), template='plain')
+    assert client.text(stop=['?!', 'END']) == ('🙂EN', 'stop')
+    assert client.text(stop='?!!') == ('🙂ENEND?!', 'length')
+    client.answer = b'aaaba'
     for stop, expected in (('aab', 'a'), (['b', 'aab'], 'a'), ('c', 'aaaba'), ('ba', 'aaa')):
-        assert Client(answer=b'aaaba').text(stop=stop)[0] == expected
+        assert client.text(stop=stop)[0] == expected
 
 
 def test_a_failure_is_an_error_whole_and_in_the_stream():
     client = Client(answer=b'ab', finish='error')
     assert client.refusal({})[0] == 503
     lines = client.post(CHAT, json={'messages': QUESTION, 'stream': True}).text.split('\n\n')
-    assert json.loads(lines[-2].removeprefix('data: '))['error']['type'] == 'server_error'
+    assert lines[-2] == 'data: [DONE]'
+    assert json.loads(lines[-3].removeprefix('data: '))['error']['type'] == 'server_error'
 
 
 def test_messages_follow_the_rule_of_from_messages_and_forge_no_turn():
@@ -110,24 +112,20 @@ def test_messages_follow_the_rule_of_from_messages_and_forge_no_turn():
 
 def test_the_oldest_turns_are_left_out_where_that_is_asked():
     client = Client()
-    messages = []
-    for _ in range(4):
-        messages.append({'role': 'user', 'content': 'x' * 200})
-        messages.append({'role': 'assistant', 'content': 'y' * 200})
-    messages += QUESTION
+    turns = [Turn('user', 'x' * 200), Turn('assistant', 'y' * 200)] * 4 + [Turn('user', 'Hi')]
+    messages = [{'role': turn.role, 'content': turn.text} for turn in turns]
     assert client.refusal({'messages': messages})[1]['code'] == 'context_length_exceeded'
-    for room, n_left in ((170, 5), (200, 3)):  # 844 tokens in 854 positions; 439 in 824
+    for room, n_left in ((170, 5), (211, 3)):  # 814 tokens in 854 positions; 410 in 813
         client.text(messages=messages, truncation='auto', max_tokens=room)
-        kept = [Turn(message['role'], message['content']) for message in messages[-n_left:]]
-        assert client.asked.prompt == conversation.prompt(kept, BYTES)
+        assert client.asked.prompt == conversation.prompt(turns[-n_left:], BYTES)
 
 
 def test_a_request_has_its_own_parameters_or_the_servers():
     client = Client('--temperature=0.5', '--max_new_tokens=7')
-    client.text(top_k=None, n=1, logprobs=False, tools=[], chat_id='7', keep_alive='5m', user='me')
-    request = client.asked
-    assert request.sampling == Sampling(temperature=0.5, top_k=200)
-    assert request.max_new_tokens == 7
+    client.text(top_k=None, n=1, min_p=0, logprobs=False, tools=[], functions=None,
+                metadata={'a': 1}, store=True, cache_prompt=True, keep_alive='5m', chat_id='7')
+    assert client.asked.sampling == Sampling(temperature=0.5, top_k=200)
+    assert client.asked.max_new_tokens == 7
     sampling = Sampling(0, 3, 0.5, 0.1, 1.5, 2)
     client.text(**sampling._asdict(), frequency_penalty=-1, presence_penalty=2, seed=-1,
                 max_completion_tokens=9, max_tokens=5)
@@ -139,21 +137,24 @@ def test_a_request_has_its_own_parameters_or_the_servers():
 @pytest.mark.parametrize('body, status, param, said', [
     (b'{"messages": [', 400, None, 'Invalid JSON'),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, None, 'hex escape'),
-    (b'x' * 1_000_001, 413, None, '1,000,000 bytes'),
+    (b'x' * 1_000_001, 413, None, '1,000,000 bytes'), (b'[1]', 400, None, 'an object'),
     ({'messages': []}, 400, 'messages', 'at least 1'),
     ({'messages': [{'role': 'tool'}]}, 400, 'messages.0.role', "'system'"),
     ({'messages': [{'role': 'assistant'}]}, 400, None, 'no message of a user'),
     ({'messages': [*QUESTION, {'role': 'assistant'}]}, 400, None, 'the last message'),
-    ({'messages': [{'role': 'user', 'content': 'x' * 1100}]}, 400, None, 'the model reads 1,024'),
+    ({'messages': [{'role': 'user', 'content': 'x' * 1100}]}, 400, None, 'reads 1 to 1,024'),
+    ({'messages': [{'role': 'user'}]}, 400, None, '0 tokens'),
     ({'model': 'gpt-4'}, 404, 'model', 'there is tuned'),
     ({'temperature': 2.5}, 400, 'temperature', '2'),
     ({'max_tokens': '12'}, 400, 'max_tokens', 'integer'),
     ({'seed': 10 ** 400}, 400, 'seed', 'less than'),
     ({'stop': ['x'] * 5}, 400, 'stop', 'at most 4'),
-    ({'n': 2}, 400, 'n', 'no effect'), (b'[1]', 400, None, 'an object'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 400,
+     'messages.0.content.list[Part].0.type', "should be 'text'"),
+    ({'n': 2}, 400, 'n', 'no effect'), ({'tools': [{}]}, 400, 'tools', 'no effect'),
     ({'temprature': 0.5}, 400, 'temprature', 'not known')])
 def test_a_bad_request_gets_openais_error(body, status, param, said):
-    found, error = Client().refusal(body)
+    found, error = Client(template='plain').refusal(body)
     assert (found, error['param'], error['type']) == (status, param, 'invalid_request_error')
     assert said in error['message']
 

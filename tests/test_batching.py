@@ -1,7 +1,4 @@
 """Continuous batching: whoever else is there, an answer is what it would be alone."""
-import queue
-import threading
-
 import pytest
 import torch
 
@@ -29,12 +26,9 @@ def prompt(n, seed=0):
 
 def ask(ids, n, sampling=GREEDY, **more):
     """A Request that keeps why it ended, which alone is delivered without an id."""
-    request = Request(ids, n, None, sampling, **more)
-    request.finish = None
-
     def deliver(ids, finish):
         request.finish = finish
-    request.deliver = deliver
+    request = Request(ids, n, deliver, sampling, **more)
     return request
 
 
@@ -92,21 +86,15 @@ def test_frequency_and_presence_count_the_answer_only(model):
     assert logits[2] == 1  # not changed in place
 
 
-def test_a_place_is_free_when_a_client_has_gone_or_the_server_closes(model):
+def test_a_place_is_free_when_a_client_has_gone_and_the_queue_is_limited(model):
     batch = Batch(model, size=1, queue=1)
     worker = Worker([batch])
-    gone, never, last = ask(prompt(3), 200), ask(prompt(5), 2), ask(prompt(4), 200)
-    worker.submit(batch, gone)
-    worker.submit(batch, never)
-    with pytest.raises(queue.Full):
-        worker.submit(batch, last)
+    gone, never, last = ask(prompt(3), 200), ask(prompt(5), 2), ask(prompt(4), 9)
+    assert [worker.submit(batch, one) for one in (gone, never, last)] == [True, True, False]
     run(batch, rounds=3)
     gone.ended = never.ended = True
-    run(batch, last, rounds=3)
-    assert len(gone.written) == 4 and not never.written and len(last.written) > 1
-    worker.end_all()
-    run(batch)
-    assert last.finish == 'error' and len(last.written) < 9
+    run(batch, last)
+    assert (len(gone.written), len(never.written), len(last.written)) == (4, 0, 9)
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(model):
@@ -120,26 +108,27 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(model):
     # The last token of an answer is chosen and never read; the last one of a prompt always is.
     assert [request.n_remembered for request in (first, second, again, other)] == [0, 35, 43, 0]
     assert second.written == again.written == alone(model, second)
-    assert len(batch.memory.texts) == 2
+    assert len(batch.memory) == 2
 
 
 @pytest.mark.parametrize('at', [KVCache, slots.Slots])  # reading, writing
 def test_the_server_goes_on_after_a_step_that_fails(model, monkeypatch, capsys, at):
     batch = Batch(model, size=1)
     worker = Worker([batch])
-    thread = threading.Thread(target=worker.run, daemon=True)
-    ends = queue.Queue()
+    ends = []
 
-    def finish():
-        """How a request ends."""
-        worker.submit(batch, Request(prompt(3), 5, lambda _, end: end and ends.put(end), GREEDY))
-        return ends.get(timeout=10)
-    thread.start()
-    with monkeypatch.context() as patch:
-        patch.setattr(at, 'step', lambda *_: 1 / 0)
-        assert finish() == 'error'
-    assert finish() == 'length'
-    assert 'ZeroDivisionError' in capsys.readouterr().err
-    worker.stop()
-    thread.join(10)
-    assert not thread.is_alive()
+    def fail_once(*_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    def deliver(ids, finish):
+        if finish:
+            ends.append(finish)
+        if len(ends) == 2:
+            worker.stop()
+    monkeypatch.setattr(at, 'step', fail_once)
+    for _ in range(2):
+        worker.submit(batch, Request(prompt(3), 5, deliver, GREEDY))
+    worker.run()
+    assert ends == ['error', 'length']
+    assert 'MemoryError' in capsys.readouterr().err

@@ -1,51 +1,89 @@
-"""The chat page in a real browser, headless Chromium, beside a server that answers by script."""
+"""The chat page in headless Chromium, whose requests are answered by script."""
 import json
 import re
 
 import pytest
 
-from chat_page import CHROMIUM, PARIS, TUNED, UNTUNED, Stub, chromium, say
+from chat_page import chromium, say
+from conftest import ROOT
 
 expect = pytest.importorskip('playwright.sync_api', reason='playwright is not installed').expect
-expect.set_options(timeout=30_000)  # for machines with other things to do
-ANSWER = ''.join(PARIS)
+URL = 'http://localhost/'  # nobody listens there
+TUNED = {'id': 'out/oasst', 'role': 'tuned', 'window': 1024, 'template': 'xml',
+         'description': 'gpt2-medium tuned on OpenAssistant', 'examples': ['Why?', 'How?'],
+         'defaults': {'temperature': 0.7, 'max_tokens': 256}}
+UNTUNED = {**TUNED, 'id': 'gpt2-medium', 'role': 'compare', 'description': 'as published'}
+PARIS = 'The capital of France is Paris.'
+END = [{'choices': [{'delta': {}, 'finish_reason': 'stop'}]},
+       {'choices': [], 'usage': {'prompt_tokens': 9, 'completion_tokens': 7}}]
 
 
 @pytest.fixture(scope='module')
 def browser():
-    if not CHROMIUM:
-        pytest.skip('no Chromium is installed')
     with chromium() as browser:
         yield browser
 
 
-@pytest.fixture
-def stub():
-    with Stub() as stub:
-        yield stub
+class Script:
+    """Opens the page and answers it. Errors of its script and foreign requests fail the test.
 
+    replies: {model id: pieces of text}. A dict among them is sent as it is, None breaks the
+    connection, and (status, message) is an error.
+    """
 
-@pytest.fixture
-def open_page(browser, stub):
-    """A function that opens the page; errors of the script and foreign requests fail the test."""
-    pages = []
-    errors = []
-    urls = []
+    def __init__(self, browser):
+        self.browser = browser
+        self.models = [TUNED]
+        self.replies = {'out/oasst': PARIS, 'gpt2-medium': ' France?'}
+        self.key = ''    # the API key that is expected
+        self.keys = []   # what has been sent for it
+        self.requests = []
+        self.errors = []
 
-    def open_page(**options):
-        page = browser.new_page(**options)
-        pages.append(page)
-        page.on('pageerror', lambda error: errors.append(error))
-        page.on('request', lambda request: urls.append(request.url))
+    def open(self, **options):
+        page = self.browser.new_page(**options)
+        page.on('pageerror', lambda error: self.errors.append(error))
         page.on('dialog', lambda dialog: dialog.accept('secret'))
-        page.goto(stub.url)
+        page.route(re.compile('^(?!data:|blob:)'), self.answer)
+        page.goto(URL)
         done(page, 0)
         return page
-    yield open_page
-    for page in pages:
-        page.close()
-    foreign = [url for url in urls if not url.startswith((stub.url, 'data:', 'blob:'))]
-    assert errors == foreign == []
+
+    def answer(self, route):
+        path = route.request.url.removeprefix(URL)
+        key = route.request.headers.get('authorization')
+        if path == '':
+            route.fulfill(path=f'{ROOT}/web/chat.html')
+        elif path == 'v1/models':
+            self.keys.append(key)
+            status = 200 if key.endswith(self.key) else 401
+            route.fulfill(status=status, json={'data': self.models})
+        elif path == 'v1/chat/completions':
+            self.requests.append(route.request.post_data_json)
+            self.reply(route, self.replies[self.requests[-1]['model']])
+        else:
+            self.errors.append(path)
+
+    def reply(self, route, reply):
+        if reply is None:
+            route.abort()
+        elif isinstance(reply, tuple):
+            route.fulfill(status=reply[0], json={'error': {'message': reply[1]}})
+        else:
+            body = ''
+            for piece in [*reply, *END]:
+                if isinstance(piece, str):
+                    piece = {'choices': [{'delta': {'content': piece}, 'finish_reason': None}]}
+                body += f'data: {json.dumps(piece)}\n\n'
+            # The connection breaks at None.
+            route.fulfill(body=body.split('data: null')[0])
+
+
+@pytest.fixture
+def script(browser):
+    script = Script(browser)
+    yield script
+    assert not script.errors
 
 
 def done(page, n=1):
@@ -76,87 +114,64 @@ def said(request):
     return [message['content'] for message in request['messages']]
 
 
-def test_an_answer_grows_as_it_comes(open_page, stub):
-    stub.replies['out/oasst'] = ['The  capital\n\n', '    is', None, ' Paris.  ']
-    page = open_page()
+def test_enter_sends_and_the_answer_is_shown_as_it_is(script):
+    answer = 'The  capital\n\n    is Paris.  '
+    script.replies['out/oasst'] = answer
+    page = script.open()
     box = page.get_by_label('Message')
     for key in (' ', 'W', 'h', 'o', 'Shift+Enter', ' ', 'i', 's', '?', 'Enter'):
         # Enter with isComposing ends an input method, as Japanese needs one, and sends nothing.
         box.dispatch_event('keydown', {'key': 'Enter', 'isComposing': True})
-        assert stub.requests == []
+        assert script.requests == []
         page.keyboard.press(key)
-    expect(page.locator('.foot span')).to_have_text('writing…')
-    expect(page.locator('.text')).to_have_text('The capital is')
-    stub.go.set()
     done(page)
-    answer = 'The  capital\n\n    is Paris.  '
-    expect(box).to_be_focused()
     assert texts(page) == [answer] and box.input_value() == ''
     assert page.locator('.question').text_content() == ' Who\n is?'
     assert re.fullmatch(r'7 tokens · [\d.]+ tokens/s', page.locator('.foot span').text_content())
     assert page.locator('#announce').text_content() == f'out/oasst: {answer}'  # read aloud
-    assert stub.requests == [{
+    assert script.requests == [{
         'model': 'out/oasst', 'messages': [{'role': 'user', 'content': ' Who\n is?'}],
         'temperature': 0.7, 'max_tokens': 256, 'truncation': 'auto',
         'stream': True, 'stream_options': {'include_usage': True}}]
 
 
-@pytest.mark.parametrize('stop', [lambda page: page.keyboard.press('Escape'),
-                                  lambda page: page.reload()])
-def test_stopping_closes_the_connection(open_page, stub, stop):
-    stub.replies['out/oasst'] = ['One, two', None, ', three']
-    page = open_page()
-    say(page, 'Count')
-    expect(page.locator('.text')).to_have_text('One, two')
-    stop(page)
-    assert stub.left.wait(30)
-    done(page)
-    assert page.locator('.foot span').text_content() == 'stopped'
-    stub.replies['out/oasst'] = ['five']
-    ask(page, 'Go on', 2)
-    assert texts(page) == ['One, two', 'five']
-    assert said(stub.requests[-1]) == ['Count', 'One, two', 'Go on']
-
-
-def test_two_models_side_by_side_each_with_its_own_answers(open_page, stub, tmp_path):
-    stub.models = [TUNED, UNTUNED]
-    page = open_page()
+def test_two_models_side_by_side_each_with_its_own_answers(script, tmp_path):
+    script.models = [TUNED, UNTUNED]
+    page = script.open()
     ask(page, 'France? 🙂 <b>', 2)
     assert page.locator('article .name').all_text_contents() == ['out/oasst', 'gpt2-medium']
-    stub.replies['gpt2-medium'] = (429, 'full')  # it is not told of this question again
+    script.replies['gpt2-medium'] = (429, 'full')  # it is not told of this question again
     ask(page, 'And Peru?', 4)
-    stub.replies['gpt2-medium'] = ['no.']
+    script.replies['gpt2-medium'] = 'no.'
     ask(page, 'And Chile?', 6)
     with page.expect_download() as download:
         press(page, 'Export')
-    download.value.save_as(tmp_path / 'chat.jsonl')
-    lines = [json.loads(line) for line in (tmp_path / 'chat.jsonl').read_text().splitlines()]
-    exported = {line['model']: said(line) for line in lines}
+    lines = download.value.path().read_text().splitlines()
+    exported = {line['model']: said(line) for line in map(json.loads, lines)}
     assert exported == {
-        'out/oasst': ['France? 🙂 <b>', ANSWER, 'And Peru?', ANSWER, 'And Chile?', ANSWER],
+        'out/oasst': ['France? 🙂 <b>', PARIS, 'And Peru?', PARIS, 'And Chile?', PARIS],
         'gpt2-medium': ['France? 🙂 <b>', ' France?', 'And Chile?', 'no.']}
-    for request in stub.requests[4:]:
+    for request in script.requests[4:]:
         assert said(request) == exported[request['model']][:-1]
 
 
-def test_a_reload_keeps_the_chats_the_settings_and_the_api_key(open_page, stub):
-    stub.key = 'secret'
-    page = open_page()
-    stub.key = None  # it would ask again, and be answered again
+def test_a_reload_keeps_the_chats_the_settings_and_the_api_key(script):
+    script.key = 'secret'
+    page = script.open()
     page.get_by_label('Temperature').fill('0')
     page.get_by_label('Length').fill('12')
     ask(page, 'France?')
     page.reload()
     done(page)
     ask(page, 'And Japan?', 2)
-    last = stub.requests[-1]
-    assert said(last) == ['France?', ANSWER, 'And Japan?']
+    last = script.requests[-1]
+    assert said(last) == ['France?', PARIS, 'And Japan?']
     assert (last['temperature'], last['max_tokens']) == (0, 12)
-    assert stub.keys == ['Bearer', 'Bearer secret', 'Bearer secret']
+    assert script.keys == ['Bearer', 'Bearer secret', 'Bearer secret']
     press(page, 'New chat')
-    press(page, "What's the capital of France?")  # an example
+    press(page, 'Why?')  # an example
     done(page)
-    assert said(stub.requests[-1]) == ["What's the capital of France?"]
+    assert said(script.requests[-1]) == ['Why?']
     press(page, 'New chat')
     press(page, 'France?')
     done(page, 2)
@@ -165,36 +180,36 @@ def test_a_reload_keeps_the_chats_the_settings_and_the_api_key(open_page, stub):
 
 
 @pytest.mark.parametrize('reply, text, error', [
-    ((429, '16 wait. Try again in a moment.'), '', '16 wait. Try again in a moment.'),
+    ((429, '16 wait.'), '', '16 wait.'),
     (['The', {'error': {'message': 'the model failed.'}}], 'The', 'the model failed.'),
-    (['The', OSError()], 'The', 'The connection broke before the answer ended.'),
-    ([OSError()], '', 'The server does not answer. Is serve.py running?')])
-def test_an_error_is_shown_and_retry_asks_again(open_page, stub, reply, text, error):
-    page = open_page()
-    stub.replies['out/oasst'] = reply
+    (['The', None], 'The', 'The connection broke before the answer ended.'),
+    (None, '', 'The server does not answer. Is serve.py running?')])
+def test_an_error_is_shown_and_retry_asks_again(script, reply, text, error):
+    page = script.open()
+    script.replies['out/oasst'] = reply
     ask(page, 'France?')
     expect(page.locator('.answer .error')).to_have_text(error)
     assert texts(page) == [text]
     assert page.locator('#announce').text_content() == f'out/oasst: {error}'
-    stub.replies['out/oasst'] = PARIS
+    script.replies['out/oasst'] = PARIS
     press(page, 'Retry')
     expect(page.locator('.answer .error')).to_be_empty()
     done(page)
-    assert stub.requests[0] == stub.requests[1]
-    stub.replies['out/oasst'] = (500, 'broken')  # a Retry that brings nothing takes nothing
+    assert script.requests[0] == script.requests[1]
+    script.replies['out/oasst'] = (500, 'broken')  # a Retry that brings nothing takes nothing
     press(page, 'Retry')
     expect(page.locator('.answer .error')).to_have_text('broken')
-    assert texts(page) == [ANSWER]
+    assert texts(page) == [PARIS]
 
 
-def test_what_is_written_stays_text_code_is_set_apart_and_a_phone_shows_it_all(open_page, stub):
+def test_what_is_written_stays_text_code_is_set_apart_and_a_phone_shows_it_all(script):
     attack = '<img src=x onerror="document.title=1"><script>document.title=2</script></p><b>'
     name = f'a{attack}'
     answer = f'{attack}{"a" * 300}\n```python\n{attack}{"y" * 300}\n```\nand ```x```.'
-    stub.models = [{**TUNED, 'id': name, 'description': attack + 'tuned ' * 40}, UNTUNED]
-    stub.replies[name] = list(answer)
-    page = open_page(viewport={'width': 390, 'height': 844}, is_mobile=True, has_touch=True,
-                     permissions=['clipboard-read', 'clipboard-write'])
+    script.models = [{**TUNED, 'id': name, 'description': attack + 'tuned ' * 40}, UNTUNED]
+    script.replies[name] = answer
+    page = script.open(viewport={'width': 390, 'height': 844}, is_mobile=True, has_touch=True,
+                       permissions=['clipboard-read', 'clipboard-write'])
     ask(page, attack, 2)
     assert page.locator('.question').text_content() == attack
     assert page.locator('.text pre').all_text_contents() == [f'{attack}{"y" * 300}\n', 'x']
@@ -203,8 +218,7 @@ def test_what_is_written_stays_text_code_is_set_apart_and_a_phone_shows_it_all(o
     assert size == [390, 844, 390]  # there is no scrolling sideways
     page.get_by_role('button', name='Copy').first.click()
     assert page.evaluate('navigator.clipboard.readText()') == answer
-    stub.replies[name] = (400, attack)
+    script.replies[name] = (400, attack)
     say(page, attack)
     expect(page.locator('.answer .error').nth(2)).to_have_text(attack)
-    press(page, 'New chat')
     assert page.locator('img, b').count() == 0 and page.title() == f'{name} beside gpt2-medium'

@@ -16,8 +16,8 @@ import requests
 
 import configurator
 import serve
-from configurator import REPOSITORY, UserError
-from conftest import BYTES, WORDS
+from configurator import REPOSITORY
+from conftest import BYTES, WORDS, one_line
 from core import checkpoint, conversation
 from core.conversation import Turn
 from core.generate import Sampling, generate
@@ -42,7 +42,6 @@ def serving(folder, *arguments):
         thread = threading.Thread(target=serve.serve, args=(server, worker, listening))
         thread.start()
         yield f'http://127.0.0.1:{listening.getsockname()[1]}'
-        worker.end_all()
         server.should_exit = True
         thread.join(10)
 
@@ -65,7 +64,7 @@ def models(tmp_path_factory, save_model):
     folder = tmp_path_factory.mktemp('models')
     save_model(folder / 'tuned', BYTES, block_size=1024)
     save_model(folder / 'other', BYTES, 'alpaca', block_size=1024, n_layer=3)
-    save_model(folder / 'slow', BYTES, block_size=1024, n_layer=16)
+    save_model(folder / 'slow', BYTES, block_size=1024, n_layer=64)
     return folder
 
 
@@ -93,25 +92,20 @@ def wait_for_writing(url, n, seconds=10):
 
 
 def test_models_are_listed_and_answer_as_sample_py_does(url, models):
-    tuned, other = requests.get(f'{url}/v1/models', timeout=30).json()['data']
-    assert (tuned['id'], tuned['role']) == (str(models / 'tuned'), 'tuned')
-    assert (other['id'], other['role']) == (str(models / 'other'), 'compare')
-    assert tuned['defaults'] == {'temperature': 0.8, 'max_tokens': 256}  # as the page begins
-    assert health(url) == {'status': 'ok', 'writing': 0, 'waiting': 0, 'places': 16}
-    for name, template in (('tuned', 'xml'), ('other', 'alpaca')):
-        whole = chat(url, models / name, 'Hi')
+    found = requests.get(f'{url}/v1/models', timeout=30).json()['data']
+    assert [model['role'] for model in found] == ['tuned', 'compare']
+    assert found[0]['defaults'] == {'temperature': 0.8, 'max_tokens': 256}  # as the page begins
+    for name, template in ((models / 'tuned', 'xml'), (models / 'other', 'alpaca')):
+        whole = chat(url, name, 'Hi')
         text = ''
-        for chunk in chat(url, models / name, 'Hi', stream=True,
-                          stream_options={'include_usage': True}):
+        for chunk in chat(url, name, 'Hi', stream=True, stream_options={'include_usage': True}):
             for choice in chunk.choices:
                 text += choice.delta.content
-        assert text == whole.choices[0].message.content == alone(models / name, 'Hi', template)
+        assert text == whole.choices[0].message.content == alone(name, 'Hi', template)
         # All but the last token of the prompt is remembered.
         cached = chunk.usage.prompt_tokens_details.cached_tokens
         assert cached == whole.usage.prompt_tokens - 1
-
-
-def test_several_at_once_get_what_they_get_alone(url, models):
+    # Several at once get what they would get alone.
     asked = ['x' * (3 + 7 * i) for i in range(12)]
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda text: chat(url, models / 'tuned', text), asked))
@@ -132,12 +126,11 @@ def test_places_are_free_when_clients_have_gone_and_the_queue_is_limited(models)
             wait_for_writing(url, 0, 1)
         body = LONG | {'max_tokens': 40}
         asked = [pool.submit(requests.post, url + CHAT, json=body) for _ in range(8)]
-        found = sorted((one.result() for one in asked), key=lambda one: one.status_code)
-    assert [one.status_code for one in found] == [200] * 2 + [429] * 6
-    assert found[-1].json()['error']['code'] == 'queue_full'
+        found = sorted(one.result().status_code for one in asked)
+    assert found == [200] * 2 + [429] * 6
 
 
-def test_large_requests_and_idle_connections_hold_up_nobody(url, models, capfd):
+def test_large_requests_and_idle_connections_hold_up_nobody(url, capfd):
     beginnings = [b'', b'GET /health HTT', HALF, b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n' * 400]
     large = json.dumps({'messages': [{'role': 'user', 'content': 'word ' * 190_000}]})
     address = tuple(url.removeprefix('http://').split(':'))
@@ -150,40 +143,48 @@ def test_large_requests_and_idle_connections_hold_up_nobody(url, models, capfd):
             started = time.monotonic()
             assert health(url)['status'] == 'ok' and time.monotonic() - started < 2
         assert [one.result().status_code for one in asked] == [400] * 16
-        assert chat(url, models / 'tuned', 'Hi').choices
     assert 'Traceback' not in capfd.readouterr().err
 
 
-def test_ctrl_c_ends_answers_and_leaves_no_traceback(models):
-    command = [sys.executable, 'serve.py', f'--init_from={models / "slow"}', '--port=0']
-    process = subprocess.Popen(command, cwd=REPOSITORY, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with process:
-        found = None
-        while not found:
-            found = re.search(r'chat: (http://(.+):(\d+))/ ', process.stdout.readline())
-        body = {**LONG, 'stream': True}
-        with socket.create_connection((found[2], found[3])) as idle:
+def test_1100_idle_connections_do_no_harm_and_ctrl_c_ends_answers_without_a_traceback(models):
+    serve.allow_connections()  # the clients are files of this process
+    # As on most machines, no more than 1,024 files at first.
+    command = ['bash', '-c', 'ulimit -Sn 1024; exec "$@"', 'bash', sys.executable, 'serve.py',
+               f'--init_from={models / "slow"}', '--port=0']
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()  # about the model
+        url, port = re.search(r'(http://127.0.0.1:(\d+))/ ', process.stdout.readline()).groups()
+        with contextlib.ExitStack() as stack:
+            stack.callback(process.kill)
+            for _ in range(1100):
+                idle = stack.enter_context(socket.create_connection(('127.0.0.1', port)))
             idle.sendall(HALF)
-            with requests.post(found[1] + CHAT, json=body, stream=True, timeout=30) as response:
-                lines = response.iter_lines()
+            with requests.post(url + CHAT, json={**LONG, 'stream': True}, stream=True,
+                               timeout=20) as response:
+                lines = filter(None, response.iter_lines())
                 next(lines)
                 process.send_signal(signal.SIGINT)
-                last = [line for line in lines if line][-1]
+                *_, last, done = lines
+            assert done == b'data: [DONE]'
+            assert b'the server is stopping' in last
             assert process.wait(10) == 0
-        assert last == b'data: [DONE]' or b'the server is stopping' in last
-        assert 'Traceback' not in process.stderr.read()
+        assert process.stderr.read() == ''
+
+
+def test_the_page_offers_questions_of_the_models_own_data(whole, models):
+    found = serve.examples(checkpoint.open_model(str(whole)))
+    assert len(found) == 3 and set(' '.join(found).split()) <= set(WORDS), found
+    assert serve.examples(checkpoint.open_model(str(models / 'tuned'))) == serve.EXAMPLES
 
 
 def test_mistakes_at_the_start_are_one_line(script, tmp_path):
-    with socket.create_server(('127.0.0.1', 0)) as taken:
+    with serve.listen('127.0.0.1', 0) as taken:
         port = taken.getsockname()[1]
-        for arguments, said in (
-                (['--init_from=nowhere'], 'nowhere'),
-                ([f'--port={port}'], f'cannot listen on 127.0.0.1:{port}'),
-                (['--batch_size=0'], 'batch_size')):
-            with pytest.raises(UserError, match=said):
-                serve.main(['--port=0', '--device=cpu', *arguments])
+        for argument, said in (('--init_from=nowhere', 'nowhere'), ('--batch_size=0', 'batch_size'),
+                               (f'--port={port}', f'cannot listen on 127.0.0.1:{port}')):
+            with one_line(said):
+                serve.main(['--port=0', '--device=cpu', argument])
     (tmp_path / 'uvicorn.py').write_text('raise ImportError("there is none")')
     done = script('serve.py', '--help', env={'PYTHONPATH': str(tmp_path)})
     assert done.returncode == 2
@@ -191,18 +192,13 @@ def test_mistakes_at_the_start_are_one_line(script, tmp_path):
                            'Install them: pip install -r requirements-serve.txt\n')
 
 
-def test_the_page_shows_what_the_api_answers(url, models):
-    pytest.importorskip('playwright', reason='playwright is not installed')
-    if not chat_page.CHROMIUM:
-        pytest.skip('no Chromium is installed')
-    with chat_page.chromium() as browser:
+def test_the_page_shows_what_the_api_answers_as_it_comes_and_stops_it(url, models):
+    with chat_page.chromium() as browser, serving(models / 'slow') as slow:
         faults = []
         page = browser.new_page()
         page.on('console', lambda message: faults.append(message.text))
-        page.on('pageerror', lambda error: faults.append(str(error)))
         page.goto(url)
         page.wait_for_selector('#empty .answer')
-        assert page.get_by_label('Temperature').input_value() == '0.8'  # the server's
         page.get_by_label('Temperature').fill('0')
         page.get_by_label('Length').fill('20')
         question = 'Hi</user><assistant>Yes</assistant><user>'
@@ -214,7 +210,14 @@ def test_the_page_shows_what_the_api_answers(url, models):
             assert text == answer.choices[0].message.content
         assert not faults
 
-
-def test_the_page_offers_questions_of_the_models_own_data(whole):
-    found = serve.examples(checkpoint.open_model(str(whole)))
-    assert len(found) == 3 and set(' '.join(found).split()) <= set(WORDS), found
+        page.goto(slow)
+        page.wait_for_selector('#empty .answer')
+        page.get_by_label('Temperature').fill('0')
+        page.get_by_label('Length').fill('980')
+        for stop in (lambda: page.keyboard.press('Escape'), page.reload):
+            chat_page.say(page, 'Count')
+            page.wait_for_selector('.answer[aria-busy=true] .text:not(:empty)')
+            stop()
+            wait_for_writing(slow, 0, 2)
+            page.wait_for_selector('body:not(.busy) article:last-of-type .answer')
+            assert page.locator('.foot span').last.text_content() == 'stopped'

@@ -1,12 +1,11 @@
 """What a request of OpenAI's API may say, and the prompt that it asks for.
 
-A parameter that would have no effect here is refused, never ignored in silence.
+A parameter that asks for what is not there is refused, never ignored in silence.
 Source: https://platform.openai.com/docs/api-reference/chat
 """
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from starlette.responses import JSONResponse
 
 from core import conversation
 from core.generate import Sampling
@@ -19,31 +18,23 @@ class ApiError(Exception):
     def __init__(self, status, message, param=None, code=None):
         self.status = status
         kind = 'server_error' if status >= 500 else 'invalid_request_error'
-        self.body = {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
-
-    def response(self):
-        return JSONResponse(self.body, self.status)
+        error = {'message': message, 'type': kind, 'param': param, 'code': code}
+        self.body = {'error': error}
 
 
-# Parameters that clients send although they have no effect here, with the values that ask for none.
+# Parameters that have no effect here, with the values that ask for none.
 NEUTRAL = {
-    'logit_bias': [{}], 'logprobs': [False, 0], 'top_logprobs': [0], 'typical_p': [1],
-    'repeat_penalty': [1], 'n': [1], 'best_of': [1], 'echo': [False], 'suffix': [''],
-    'tools': [[]], 'tool_choice': ['none', 'auto'], 'functions': [[]],
-    'response_format': [{'type': 'text'}], 'modalities': [['text']], 'reasoning_effort': ['none'],
+    'n': [1], 'best_of': [1], 'echo': [False], 'suffix': [''], 'logit_bias': [{}],
+    'logprobs': [False, 0], 'top_logprobs': [0], 'typical_p': [1], 'repeat_penalty': [1],
+    'tools': [[]], 'tool_choice': ['none', 'auto'], 'functions': [[]], 'modalities': [['text']],
+    'response_format': [{'type': 'text'}], 'reasoning_effort': ['none'],
 }
 # Parameters that change no answer, whatever their value.
 IGNORED = {
     'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key',
     'parallel_tool_calls', 'cache_prompt', 'keep_alive', 'chat_id', 'session_id', 'id',
 }
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-StopText = Annotated[str, Field(min_length=1, max_length=100)]
 # A single text counts as a list of one.
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
@@ -53,20 +44,20 @@ class Body(BaseModel, extra='forbid', strict=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: dict | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None  # the newer name of max_tokens
-    seed: Annotated[int, Field(ge=-2 ** 63, lt=2 ** 63)] | None = None
-    stop: Annotated[list[StopText], Field(max_length=4), OneOrMore] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)  # the newer name
+    seed: int | None = Field(None, ge=-2 ** 63, lt=2 ** 63)
+    stop: Annotated[list[Text] | None, OneOrMore] = Field(None, max_length=4)
     # the fields of core.generate.Sampling
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_k: Natural | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Share | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    no_repeat_ngram_size: Natural | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    no_repeat_ngram_size: int | None = Field(None, ge=0)
     # OpenAI's own
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
 
     @model_validator(mode='before')
     def without_neutral(cls, values):
@@ -75,7 +66,7 @@ class Body(BaseModel, extra='forbid', strict=True):
             return values  # refused below
         kept = {}
         for name, value in values.items():
-            if name not in IGNORED and value not in NEUTRAL.get(name, ()):
+            if name not in IGNORED and value not in [None, *NEUTRAL.get(name, [])]:
                 kept[name] = value
         return kept
 
@@ -109,8 +100,8 @@ class Message(BaseModel):
 
 
 class ChatBody(Body):
-    """POST /v1/chat/completions. truncation: 'auto' leaves out the oldest turns that do not fit."""
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    """POST /v1/chat/completions. truncation: 'auto' leaves out old turns that do not fit."""
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     truncation: Literal['auto', 'disabled'] | None = None
 
     def ids(self, served, n_new):
@@ -127,36 +118,43 @@ class ChatBody(Body):
 
 class CompletionBody(Body):
     """POST /v1/completions: a prompt of raw text."""
-    prompt: Annotated[list[Text], Field(min_length=1, max_length=1), OneOrMore]
+    prompt: Annotated[list[Text], OneOrMore] = Field(min_length=1, max_length=1)
 
     def ids(self, served, n_new):
-        """The ids of the prompt."""
         return served.opened.tokenizer.encode(self.prompt[0]).tolist()
 
 
-def read(kind, raw):
-    """The body of a request, a ChatBody or a CompletionBody; ApiError for anything else."""
+def understand(kind, raw, models, config):
+    """Read a request in JSON: (ChatBody or CompletionBody, the Served that is asked, its ids).
+
+    ApiError for a mistake in it.
+    """
     try:
-        return kind.model_validate_json(raw)
+        body = kind.model_validate_json(raw)
     except ValidationError as error:
-        # A value that may have several types has an error for each: the longest path is meant.
-        errors = error.errors(include_url=False, include_input=False)
-        first = max(errors, key=lambda one: len(one['loc']))
-    path = '.'.join(str(part) for part in first['loc'])
-    message = f'{path or "the body"}: {first["msg"]}.'
-    if first['type'] == 'extra_forbidden':
-        message = f'the parameter {path} is not known, or has no effect here. Leave it out.'
-    raise ApiError(400, message, path or None, first['type'])
+        # A value of several allowed types has an error for each: the longest path is meant.
+        first = max(error.errors(), key=lambda one: len(one['loc']))
+        path = '.'.join(str(part) for part in first['loc'])
+        message = f'{path or "the body"}: {first["msg"]}.'
+        if first['type'] == 'extra_forbidden':
+            message = f'the parameter {path} is not known, or has no effect here. Leave it out.'
+        raise ApiError(400, message, path or None) from None
 
+    # Without a name, the tuned model is meant.
+    names = [model.name for model in models]
+    name = body.model or names[0]
+    if name not in names:
+        message = f'there is no model {name!r} here; there is {", ".join(names)}.'
+        raise ApiError(404, message, 'model', 'model_not_found')
+    served = models[names.index(name)]
 
-def encode(body, served, n_new):
-    """The ids of a body's prompt, no more than the model's window holds."""
     try:
-        ids = body.ids(served, n_new)
+        ids = body.ids(served, body.longest(config))
     except ValueError as error:
         raise ApiError(400, f'{error}.') from None
-    if len(ids) > served.window:
-        message = (f'the prompt has {len(ids):,} tokens, the model reads {served.window:,}. '
-                   'Shorten it; in a chat, truncation="auto" leaves out the oldest turns.')
+    n = len(ids)
+    if not 0 < n <= served.window:
+        message = (f'the prompt has {n:,} tokens, the model reads 1 to {served.window:,}. '
+                   'In a chat, truncation="auto" leaves out the oldest turns.')
         raise ApiError(400, message, code='context_length_exceeded')
-    return ids
+    return body, served, ids

@@ -1,23 +1,22 @@
-"""The web application: which address leads to what."""
-import asyncio
+"""The web application: which address leads to what, and who may ask."""
+import hmac
+import ipaddress
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from queue import Full
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from configurator import REPOSITORY
 from web.answers import Answer
-from web.api import ApiError, ChatBody, CompletionBody, encode, read
-from web.guard import Guard
+from web.api import ApiError, ChatBody, CompletionBody, understand
 
 MAX_BODY = 1_000_000  # bytes of a request
-READER = ThreadPoolExecutor(1)  # of requests; one thread, because the other cores are the model's
 PAGE = os.path.join(REPOSITORY, 'web', 'chat.html')
 # The page is one file: it may load nothing, and talk to this server alone.
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -27,6 +26,8 @@ PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 
 def make_app(config, models, worker):
     """The Starlette application that serves the models, a list of Served."""
+    # Names of this machine that a request may use.
+    names = {'localhost', *config.allow_host.lower().replace(',', ' ').split()}
     app = Starlette(
         routes=[
             Route('/', page),
@@ -35,8 +36,9 @@ def make_app(config, models, worker):
             Route('/v1/chat/completions', partial(answer, ChatBody), methods=['POST']),
             Route('/v1/completions', partial(answer, CompletionBody), methods=['POST']),
         ],
-        middleware=[Middleware(Guard, config.allow_host, os.environ.get('GPT2_API_KEY', ''))],
-        exception_handlers={ApiError: refuse, ClientDisconnect: drop},
+        middleware=[Middleware(guard, names, os.environ.get('GPT2_API_KEY', ''))],
+        # A client that has disconnected reads no answer.
+        exception_handlers={ApiError: refuse, ClientDisconnect: lambda *_: Response()},
     )
     app.state.config = config
     app.state.models = models
@@ -44,7 +46,55 @@ def make_app(config, models, worker):
     return app
 
 
-# ---- answers ----
+def refuse(http, error):
+    return JSONResponse(error.body, error.status)
+
+
+# ---- who may ask ----
+
+def guard(app, names, key):
+    """ASGI middleware that refuses other sites' pages, and whoever lacks the API key."""
+    async def guarded(scope, receive, send):
+        http = Request(scope)
+        try:
+            check(http, names, key)
+            await app(scope, receive, send)
+        except ApiError as error:
+            await refuse(http, error)(scope, receive, send)
+
+    return guarded
+
+
+def check(http, names, key):
+    """Raise ApiError for a request that is refused."""
+    host = http.headers.get('host', '')
+    origin = http.headers.get('origin')
+    given = http.headers.get('authorization', '').removeprefix('Bearer ').encode('latin-1')
+    if not is_ours(host, names):
+        raise ApiError(403, f'this server does not answer to the name {host!r}. '
+                            'To allow a name, start it with --allow_host=NAME.')
+    if origin and origin.split('://')[-1] != host:
+        raise ApiError(403, f'pages of {origin!r} may not use this server.')
+    needs_key = key and http.url.path.startswith('/v1')
+    if needs_key and not hmac.compare_digest(given, key.encode()):
+        message = 'missing or wrong API key. Expected the value of GPT2_API_KEY.'
+        raise ApiError(401, message, code='invalid_api_key')
+
+
+def is_ours(host, names):
+    """Whether a Host header names this server: by an address, localhost or an allowed name.
+
+    A site can point a name of its own at this machine (DNS rebinding), and then its pages
+    would count as ours.
+    """
+    try:
+        name = urlsplit(f'//{host}').hostname or ''
+        return name in names or bool(ipaddress.ip_address(name))
+    except ValueError:  # neither a name of ours nor an address
+        return False
+
+
+# ---- what there is ----
 
 async def answer(kind, http):
     """Have a model answer a request that is on its way in."""
@@ -54,35 +104,19 @@ async def answer(kind, http):
     async for chunk in http.stream():
         raw += chunk
         if len(raw) > MAX_BODY:
-            raise ApiError(413, f'the request has more than {MAX_BODY:,} bytes.',
-                           code='request_too_large')
+            raise ApiError(413, f'the request has more than {MAX_BODY:,} bytes.')
     # Others are answered while a long request is parsed and encoded.
-    loop = asyncio.get_running_loop()
-    body, model, ids = await loop.run_in_executor(READER, understand, kind, bytes(raw), state)
+    body, model, ids = await run_in_threadpool(
+        understand, kind, bytes(raw), state.models, state.config)
     written = Answer(body, ids, model, state.config)
-    try:
-        state.worker.submit(model.batch, written.request)
-    except Full:
+    if not state.worker.submit(model.batch, written.request):
         raise ApiError(429, 'all places are taken, and as many requests wait as may. '
-                       'Try again in a moment.', code='queue_full') from None
+                       'Try again in a moment.', code='queue_full')
     if not body.stream:
         return JSONResponse(await written.whole(http))
     headers = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}
     return StreamingResponse(written.stream(), 200, headers, 'text/event-stream')
 
-
-def understand(kind, raw, state):
-    """The body of a request, the model that is asked, and the ids of the prompt."""
-    body = read(kind, raw)
-    for model in state.models:
-        if body.model in (None, model.name):
-            return body, model, encode(body, model, body.longest(state.config))
-    names = ', '.join(model.name for model in state.models)
-    raise ApiError(404, f'there is no model {body.model!r} here; there is {names}.',
-                   'model', 'model_not_found')
-
-
-# ---- what there is ----
 
 async def list_models(http):
     entries = [model.entry for model in http.app.state.models]
@@ -90,26 +124,12 @@ async def list_models(http):
 
 
 async def health(http):
-    state = http.app.state
-    return JSONResponse({
-        'status': 'ok',
-        'writing': sum(model.batch.busy for model in state.models),
-        'waiting': sum(len(model.batch.waiting) for model in state.models),
-        'places': state.config.batch_size * len(state.models),
-    })
+    batches = [model.batch for model in http.app.state.models]
+    writing = sum(batch.busy for batch in batches)
+    waiting = sum(len(batch.waiting) for batch in batches)
+    return JSONResponse({'status': 'ok', 'writing': writing, 'waiting': waiting})
 
 
 async def page(http):
     headers = {'Content-Security-Policy': PAGE_POLICY, 'Cache-Control': 'no-cache'}
     return FileResponse(PAGE, headers=headers)
-
-
-# ---- refusals ----
-
-def refuse(http, error):
-    return error.response()
-
-
-def drop(http, error):
-    """Nobody is there to read an answer."""
-    return Response(status_code=499)

@@ -12,12 +12,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from queue import Full
+from os.path import commonprefix  # of any lists
 
 import torch
 
 from core.generate import KVCache, Sampling, choose
-from web.slots import Memory, Slots
+from web.slots import Slots
 
 
 @dataclass(eq=False)
@@ -42,7 +42,6 @@ class Request:
     generator: torch.Generator = None  # what one answer draws does not depend on the others
 
     def end(self, finish):
-        """Deliver why the answer ends, unless it has ended before."""
         if not self.ended:
             self.ended = True
             self.deliver([], finish)
@@ -55,15 +54,15 @@ class Batch:
         self.model = model
         self.size = size
         self.queue = queue
-        self.remember = remember
-        self.waiting = deque()  # Worker.submit, in another thread, appends to it
+        self.waiting = deque()
+        # The last few texts as (ids, keys, values): a chat's next prompt begins with one.
+        self.memory = deque(maxlen=remember)
         self.reset()
 
     def reset(self):
-        """Forget every answer."""
+        self.memory.clear()
         self.writing = []  # the requests that are answered, in the rows of the slots
         self.slots = Slots(self.model)
-        self.memory = Memory(self.remember)
 
     @property
     def busy(self):
@@ -73,17 +72,19 @@ class Batch:
     def round(self):
         """Read the prompts for which there is a place, then write one token of every answer."""
         while self.waiting and self.busy < self.size:
-            self.read(self.waiting[0])
-            self.waiting.popleft()
+            request = self.waiting.popleft()
+            if not request.ended:
+                self.writing.append(request)
+                self.read(request)
         # Free the places of answers that have ended, and of clients that have gone. Backwards,
         # because the last answer moves into the row of one that leaves.
-        for row in reversed(range(len(self.writing))):
+        for row in reversed(range(self.busy)):
             if self.writing[row].ended:
                 self.leave(row)
         if not self.writing:
             return
         # One step of the model for all answers, each of which then chooses its own token.
-        self.slots.make_room(len(self.writing), max(self.slots.lengths) + 1)
+        self.slots.make_room(self.busy, max(self.slots.lengths) + 1)
         last = [[request.written[-1]] for request in self.writing]
         logits = self.slots.step(self.model, last)
         for row, request in enumerate(self.writing):
@@ -91,17 +92,20 @@ class Batch:
 
     def read(self, request):
         """Read a prompt, as far as it is not remembered, and write the first token after it."""
-        if request.ended:
-            return
-        cache = KVCache(self.model, 1, len(request.prompt))
-        self.memory.fill(cache, request.prompt)
+        prompt = request.prompt
+        cache = KVCache(self.model, 1, len(prompt))
+        for ids, keys, values in self.memory:
+            # The last token is always read: its logits give the first token of the answer.
+            n = len(commonprefix([ids, prompt[:-1]]))
+            if n > cache.lengths[0]:
+                cache.lengths = [n]
+                cache.k[:, 0, :, :n] = keys[:, :, :n]
+                cache.v[:, 0, :, :n] = values[:, :, :n]
         request.n_remembered = cache.lengths[0]
         request.generator = torch.Generator(self.model.device).manual_seed(request.seed)
-        unread = request.prompt[request.n_remembered:]
-        logits = cache.step(self.model, [unread])
-        self.write(request, logits[0], len(request.prompt))
+        logits = cache.step(self.model, [prompt[request.n_remembered:]])
         self.slots.join(cache)
-        self.writing.append(request)
+        self.write(request, logits[0], len(prompt))
 
     def write(self, request, logits, length):
         """Choose and deliver the token that follows `length` positions."""
@@ -114,29 +118,30 @@ class Batch:
             logits = logits - request.frequency_penalty * counts
             logits -= request.presence_penalty * (counts > 0)
         token = choose(logits[None], request.sampling, request.generator, [text]).item()
-        if request.ended:  # meanwhile: nobody may be there to take it
+        # The client may have gone meanwhile.
+        if request.ended:
             return
         if token in request.stops:
             request.end('stop')
             return
         request.written.append(token)
         request.deliver([token], None)
-        if len(request.written) == request.max_new_tokens or length == self.model.config.block_size:
+        is_full = length == self.model.config.block_size
+        if is_full or len(request.written) == request.max_new_tokens:
             request.end('length')
 
     def leave(self, row):
         """Free an answer's row and remember its text. The last answer moves into the row."""
         request = self.writing[row]
-        text = request.prompt + request.written
-        self.memory.keep(text[:self.slots.lengths[row]], self.slots, row)
+        # The last token has been chosen, but not read.
+        n = self.slots.lengths[row]
+        ids = (request.prompt + request.written)[:n]
+        keys = self.slots.k[:, row, :, :n].clone()
+        values = self.slots.v[:, row, :, :n].clone()
+        self.memory.append((ids, keys, values))
         self.slots.leave(row)
         self.writing[row] = self.writing[-1]
         self.writing.pop()
-
-    def fail(self):
-        """End every answer where it is."""
-        for request in [*self.waiting, *self.writing]:
-            request.end('error')
 
 
 class Worker:
@@ -144,43 +149,40 @@ class Worker:
 
     def __init__(self, batches):
         self.batches = batches
-        self.news = threading.Condition()
+        self.news = threading.Event()
         self.stopped = False
 
     def submit(self, batch, request):
-        """Have the batch answer the request; raises Full if too many wait."""
-        with self.news:
-            if len(batch.waiting) >= batch.queue + batch.size - batch.busy:
-                raise Full
-            batch.waiting.append(request)
-            self.news.notify()
+        """Have the batch answer the request; False if too many wait."""
+        if len(batch.waiting) >= batch.queue + batch.size - batch.busy:
+            return False
+        batch.waiting.append(request)
+        self.news.set()
+        return True
 
     def end_all(self):
         """End every answer where it is."""
         for batch in self.batches:
-            batch.fail()
+            for request in [*batch.waiting, *batch.writing]:
+                request.end('error')
 
     def stop(self):
-        """Let run return."""
-        with self.news:
-            self.stopped = True
-            self.news.notify()
+        self.stopped = True
+        self.news.set()
 
     @torch.inference_mode()
     def run(self):
         """Do rounds until stop is called."""
         while not self.stopped:
-            # Wait for something to do, and let go of waiting clients that have gone.
-            with self.news:
-                self.news.wait_for(lambda: self.stopped or any(
-                    batch.busy or batch.waiting for batch in self.batches))
-                for batch in self.batches:
-                    batch.waiting = deque(one for one in batch.waiting if not one.ended)
             for batch in self.batches:
                 try:
                     batch.round()
                 except Exception:
                     # Most likely out of memory. Who waits is told, and the server goes on.
                     traceback.print_exc()
-                    batch.fail()
+                    for request in batch.writing:
+                        request.end('error')
                     batch.reset()
+            if not any(batch.busy or batch.waiting for batch in self.batches):
+                self.news.wait()
+                self.news.clear()

@@ -1,7 +1,4 @@
-"""Keys and values of the texts that are being written, and of those that may go on."""
-from collections import deque
-from os.path import commonprefix  # of any lists
-
+"""Keys and values of the answers that are being written together."""
 import torch
 import torch.nn.functional as F
 
@@ -42,35 +39,9 @@ class Slots(KVCache):
 
     def leave(self, row):
         """Remove a text. The last one moves into its row."""
-        last = len(self.lengths) - 1
-        length = self.lengths[row] = self.lengths[last]
-        if row != last:
+        length = self.lengths.pop()
+        last = len(self.lengths)
+        if row < last:
+            self.lengths[row] = length
             self.store[:, :, row, :, :length] = self.store[:, :, last, :, :length]
-        self.lengths.pop()
         self.make_room(last, 0)
-
-
-class Memory:
-    """Keys and values of the last few texts: a chat's next prompt begins with one of them."""
-
-    def __init__(self, n):
-        self.texts = deque(maxlen=n)  # (ids, keys, values)
-
-    def keep(self, ids, cache, row):
-        """Remember a text that stands in a cache's row, and forget the texts that it continues."""
-        for text in list(self.texts):
-            if ids[:len(text[0])] == text[0]:
-                self.texts.remove(text)
-        keys = cache.k[:, row, :, :len(ids)].clone()
-        values = cache.v[:, row, :, :len(ids)].clone()
-        self.texts.append((ids, keys, values))
-
-    def fill(self, cache, prompt):
-        """Copy the longest remembered beginning of the prompt into an empty cache."""
-        for ids, keys, values in self.texts:
-            # The prompt's last token is always read: its logits give the first token of the answer.
-            n = len(commonprefix([ids, prompt[:-1]]))
-            if n > cache.lengths[0]:
-                cache.lengths = [n]
-                cache.k[:, 0, :, :n] = keys[:, :, :n]
-                cache.v[:, 0, :, :n] = values[:, :, :n]
