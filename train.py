@@ -103,6 +103,9 @@ from core.runlog import RunLog
 from core.trainer import Trainer
 from model import GPT, GPTConfig
 
+# The keys that give a new model its shape.
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size', 'dropout')
+
 
 def open_model(config, folders):
     """The checkpoint.Opened to train, whose state is where the run begins or goes on."""
@@ -112,20 +115,20 @@ def open_model(config, folders):
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
     with reading(config.dataset, 'Prepare the data again.'):
         tokenizer = tokenizers.from_state(metas[0]['tokenizer'] | {'tags': tags})
-        if any(meta['tokenizer']['sha256'] != tokenizer.sha256 for meta in metas):
-            raise UserError(f'{config.dataset} were prepared with different vocabularies.')
+        hashes = {meta['tokenizer']['sha256'] for meta in metas}
+    if hashes != {tokenizer.sha256}:
+        raise UserError(f'{config.dataset} were prepared with different vocabularies.')
     if config.init_from == 'scratch':
         torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=config.bias,
-            block_size=config.block_size, vocab_size=tokenizer.vocab_size))
+        shape = {key: getattr(config, key) for key in SHAPE}
+        model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **shape))
         opened = checkpoint.Opened(model, tokenizer, template, 'a new model')
     else:
         opened = checkpoint.open_model(config.init_from, config.out_dir, vocabulary=tokenizer)
     positions = opened.model.config.block_size
     if config.block_size > positions:
-        raise UserError(f'block_size={config.block_size} exceeds the {positions} positions of '
-                        f'{opened.description}. Use --block_size={positions} or less.')
+        raise UserError(f'block_size={config.block_size} exceeds the {positions} positions '
+                        f'of {opened.description}. Use --block_size={positions} or less.')
     opened.model.config.dropout = config.dropout
     # A resumed run must have the data that it began with; a new one records it.
     data = [tokenfile.fingerprint(meta) for meta in metas]
@@ -135,9 +138,9 @@ def open_model(config, folders):
         return opened
     sources = []
     for folder, meta in zip(folders, metas):
-        n_tokens = sum(counts['tokens'] for counts in meta['splits'].values())
-        sources.append({'dataset': os.path.basename(folder), 'source': meta.get('source'),
-                        'tokens': n_tokens})
+        sources.append({'dataset': os.path.basename(folder),
+                        'source': meta.get('source'),
+                        'tokens': sum(n['tokens'] for n in meta['splits'].values())})
     state = Checkpoint(
         model={}, model_args=asdict(opened.model.config), template=template,
         tokenizer=opened.tokenizer.state(), config=asdict(config), step=0, val_loss=None,
@@ -163,13 +166,12 @@ def evaluate_and_save(trainer, log, request):
     if better:
         state.best = val_loss
         state.best_step = state.step
-    # Nothing is learned at step 0. First best.pt: killed in between, the run comes back from the
-    # older ckpt.pt and writes both again.
-    if state.step > 0:
-        if better:
-            trainer.save('best.pt')
-        if better or val_loss is None or config.always_save_checkpoint:
-            trainer.save('ckpt.pt')
+    # First best.pt: killed in between, the run comes back from the older ckpt.pt and writes
+    # both again. Nothing is learned at step 0.
+    if better and state.step:
+        trainer.save('best.pt')
+    if state.step and (better or val_loss is None or config.always_save_checkpoint):
+        trainer.save('ckpt.pt')
 
 
 def loop(trainer, log, request):
@@ -178,7 +180,7 @@ def loop(trainer, log, request):
     state = trainer.state
     started = time.monotonic()
     first_step = state.step
-    losses = []  # since the last line
+    recent = []  # the numbers of the steps since the last line
     trainer.model.train()
     while not trainer.stopped:
         is_last = state.step >= config.max_iters
@@ -194,15 +196,17 @@ def loop(trainer, log, request):
         numbers = trainer.train_step(request)
         log.write(state.step, epoch=trainer.epoch(), **numbers)
         log.bar.update()
-        losses.append(numbers['loss'])
+        recent.append(numbers)
         progress = f'step {state.step}/{config.max_iters}'
         if state.step % config.log_interval == 0 or state.step == config.max_iters:
+            loss = sum(step['loss'] for step in recent) / len(recent)
+            speed = sum(step['tokens_per_s'] for step in recent) / len(recent)
             seconds_per_step = (time.monotonic() - started) / (state.step - first_step)
-            left = timedelta(seconds=round((config.max_iters - state.step) * seconds_per_step))
-            log.say(f'{progress} | loss {sum(losses) / len(losses):.4f} | '
-                    f'lr {numbers["learning_rate"]:.2e} | '
-                    f'{numbers["tokens_per_s"]:,.0f} supervised tokens/s | {left} left')
-            losses = []
+            seconds_left = (config.max_iters - state.step) * seconds_per_step
+            log.say(f'{progress} | loss {loss:.4f} | lr {numbers["learning_rate"]:.2e} | '
+                    f'{speed:,.0f} supervised tokens/s | '
+                    f'{timedelta(seconds=round(seconds_left))} left')
+            recent = []
         if config.sample_every and state.step % config.sample_every == 0 and not log.silent:
             log.say(f'{progress} | {config.sample_prompt} -> {trainer.answer()!r}')
     log.bar.close()
@@ -219,12 +223,12 @@ def loop(trainer, log, request):
 
 
 def clear_out_dir(config):
-    """Remove the run that is in out_dir if --overwrite says so; UserError if it does not."""
+    """Remove the run that is in out_dir if --overwrite says so; UserError if not."""
     paths = [os.path.join(config.out_dir, name) for name in ('ckpt.pt', 'best.pt')]
     for path in filter(os.path.exists, paths):
         if not config.overwrite:
-            raise UserError(f'{path} is there already. Go on with it: --init_from=resume; or '
-                            'replace it: --overwrite; or use another --out_dir.')
+            raise UserError(f'{path} is there already. Go on with it: --init_from=resume; '
+                            'or replace it: --overwrite; or use another --out_dir.')
         os.remove(path)
 
 
@@ -257,19 +261,19 @@ def train(config, procs):
 
     if not silent and config.init_from != 'resume':
         clear_out_dir(config)
-    # Print the data, the model, the length of the run, and what breaks bit-equality on resume.
     log = RunLog(config, trainer.state, silent)
     log.say(train_rows.describe())
     log.say(val_rows.describe() if val_rows else 'val: empty, so there is no val_loss')
+    conditions = trainer.conditions()
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     log.say(f'{opened.description}: {n_parameters / 1e6:.1f} M parameters, in '
-            f'{trainer.conditions()["dtype"]} on {procs.device}, processes: {procs.world}')
+            f'{conditions["dtype"]} on {procs.device}, processes: {procs.world}')
     n_epochs = config.max_iters * rows_per_step / train_rows.n_rows
     log.say(f'{config.max_iters:,} steps of {rows_per_step} rows are {n_epochs:.2f} epochs')
-    for key, now in trainer.conditions().items():
+    for key, now in conditions.items():
         if was and repr(was.get(key)) != repr(now):
-            log.say(f'from here on not bit for bit the saved run: {key} was {was.get(key)}, '
-                    f'is {now}')
+            log.say('from here on not bit for bit the saved run: '
+                    f'{key} was {was.get(key)}, is {now}')
     loop(trainer, log, request)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, saving and resuming them, and opening a model from anywhere.
+"""Checkpoints: what they hold, saving, resuming, and opening a model from anywhere.
 
     python -c "from core import checkpoint; print(checkpoint.load('out/oasst/ckpt.pt').step)"
 
@@ -89,7 +89,7 @@ def find(folder, which='last'):
 FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'loss_on',
                    'seed', 'dropout', 'n_layer', 'n_head', 'n_embd', 'bias', 'weight_decay',
                    'beta1', 'beta2')
-NEW_RUN = 'Start a new run with its weights: --init_from=FOLDER and another --out_dir.'
+NEW_RUN = 'Start a new run with its weights: --init_from=FOLDER, another --out_dir.'
 
 
 def check_resume(checkpoint, path, config, data):
@@ -101,8 +101,9 @@ def check_resume(checkpoint, path, config, data):
                         f'Prepare it as it was. Or: {NEW_RUN}')
     for key in FIXED_ON_RESUME:
         was = checkpoint.config.get(key)
-        if was != config[key]:
-            raise UserError(f'{key} was {was!r}, now {config[key]!r}: that would be another run. '
+        now = config[key]
+        if was != now:
+            raise UserError(f'{key} was {was!r}, now {now!r}: that would be another run. '
                             f'Leave it as it was. Or: {NEW_RUN}')
 
 
@@ -130,10 +131,10 @@ def open_checkpoint(path):
 
 
 def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=False):
-    """An Opened model: 'resume' (the run saved last under out_dir), a folder, or a hub name.
+    """An Opened model: 'resume' (the last run under out_dir), a folder, or a hub name.
 
-    which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the data,
-    which must be the model's. tags: add the six tags to a model that does not know them.
+    which: 'last' or 'best' checkpoint, if there are both. vocabulary: the Tokenizer of the
+    data, which must be the model's. tags: add the six tags if the model lacks them.
     """
     if init_from == 'resume':
         path = find(out_dir, which) or os.path.join(out_dir, 'ckpt.pt')
@@ -154,9 +155,10 @@ def open_model(init_from, out_dir='out', which='last', vocabulary=None, tags=Fal
         if not torch.stack(p.aminmax()).isfinite().all():
             raise UserError(f'{description}: {name} holds numbers that are not finite.')
     if vocabulary and vocabulary.sha256 != opened.tokenizer.sha256:
-        raise UserError(f'{description} has one vocabulary, the data another. Prepare the data '
-                        "with the model's: --tokenizer=FOLDER")
+        raise UserError(f'{description} has one vocabulary, the data another. Prepare the '
+                        "data with the model's: --tokenizer=FOLDER")
     if (tags or vocabulary and vocabulary.tags) and not opened.tokenizer.tags:
-        opened.model.add_tokens([opened.tokenizer.encode(tag).tolist() for tag in tokenizers.TAGS])
+        pieces = [opened.tokenizer.encode(tag).tolist() for tag in tokenizers.TAGS]
+        opened.model.add_tokens(pieces)
         opened = opened._replace(tokenizer=opened.tokenizer.with_tags())
     return opened

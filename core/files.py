@@ -59,8 +59,8 @@ def flush_folder(folder):
 
 
 @contextlib.contextmanager
-def only_writer(folder, option='out_dir'):
-    """Make the folder and be its only writer. option: the key that chooses another one."""
+def only_writer(folder):
+    """Make the folder, and be its only writer."""
     try:
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, '.lock')
@@ -68,7 +68,7 @@ def only_writer(folder, option='out_dir'):
         lock = filelock.FileLock(path, timeout=0, is_singleton=True).acquire()
     except OSError as error:
         reason = error.strerror or 'another process is writing to it'
-        raise UserError(f'cannot write to {folder}: {reason}. Use --{option}=FOLDER.') from None
+        raise UserError(f'cannot write to {folder}: {reason}. Use --out_dir=FOLDER.') from None
     with lock:
         yield
 

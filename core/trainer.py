@@ -23,7 +23,7 @@ WHAT_TO_DO = ('Nothing was saved; the last checkpoint is as it was. Try a lower 
 
 
 def learning_rate(config, step):
-    """Linear warm-up over warmup_iters, then a cosine down to min_lr at lr_decay_iters."""
+    """Linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if not config.decay_lr:
@@ -75,7 +75,7 @@ class Trainer:
         return self.state.step * self.rows_per_step / self.train_rows.n_rows
 
     def conditions(self):
-        """What decides the bits of the steps to come, besides what a resume may not change."""
+        """What decides the bits of later steps, besides what a resume may not change."""
         config = self.config
         keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
         device = self.procs.device
@@ -93,8 +93,8 @@ class Trainer:
     def train_step(self, request):
         """One optimizer step; returns its numbers for the log.
 
-        Its loss is the sum over the supervised tokens of all micro-batches and processes, divided
-        by their number.
+        Its loss is the sum over the supervised tokens of all micro-batches and processes,
+        divided by their number.
         """
         config = self.config
         procs = self.procs
@@ -112,38 +112,37 @@ class Trainer:
             # Each process takes its own batch_size rows of these.
             begin = first + procs.rank * config.batch_size
             batch = self.train_rows.batch(begin, begin + config.batch_size)
-            # DistributedDataParallel exchanges gradients if this is set: after the last
-            # micro-batch only.
+            # Processes exchange gradients if this is set: after the last micro-batch.
             self.loss.require_backward_grad_sync = first + rows_at_once == stop
             with autocast(procs.device, self.dtype):
                 loss = self.loss(batch)
-            # It divides by the number of processes, so we multiply by it.
+            # DistributedDataParallel divides by the number of processes: multiply by it.
             self.scaler.scale(loss * procs.world / n_tokens).backward()
             losses.append(loss.detach())
-        # float16 multiplies the loss by a scale; the norm is of the true gradients.
+        # float16 multiplies the loss by a scale; the norm is of the true gradient.
         self.scaler.unscale_(self.optimizer)
         largest = config.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), largest).item()
-        losses = torch.stack(losses).tolist()
-        # All processes must stop after the same step, whichever of them got the signal, and skip
-        # the same steps, whichever of them found a loss that is not finite.
-        loss_sum, norms, n_asked = procs.sum(sum(losses), norm, request.asked)
+        loss_sum = sum(torch.stack(losses).tolist())
+        # All processes must stop after the same step, whichever of them got the signal, and
+        # skip the same steps, whichever of them found a loss that is not finite.
+        loss_sum, norms, n_asked = procs.sum(loss_sum, norm, request.asked)
         self.stopped = n_asked > 0
         lr = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        if math.isfinite(loss_sum) and math.isfinite(norms):
+        if math.isfinite(loss_sum + norms):
             self.scaler.step(self.optimizer)
             self.n_skipped = 0
         else:
             self.n_skipped += 1
             # float16 begins with a few, until the scale of its loss fits.
             if procs.rank == 0 and not self.scaler.is_enabled():
-                Bar.write(f'step {step + 1} is skipped: loss {loss_sum}, norm of the gradient '
-                          f'{norm}', file=sys.stderr)
+                Bar.write(f'step {step + 1} is skipped: loss {loss_sum}, norm of the '
+                          f'gradient {norm}', file=sys.stderr)
         if self.n_skipped == MOST_SKIPPED:
-            raise UserError(f'{MOST_SKIPPED} steps in a row had a loss or a gradient that is not '
-                            f'finite. {WHAT_TO_DO}')
+            raise UserError(f'{MOST_SKIPPED} steps in a row had a loss or a gradient that is '
+                            f'not finite. {WHAT_TO_DO}')
         self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -154,15 +153,16 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, request):
-        """val_loss in nats per supervised token; None without validation set, or after a signal."""
+        """val_loss in nats per supervised token; None without data, or after a signal."""
         procs = self.procs
         if not self.val_rows:
             return None
         self.model.eval()
         loss_sum = 0.0
         n_tokens = 0
-        for batch in self.val_rows.batches(self.config.batch_size, procs.rank, procs.world,
-                                           self.config.eval_iters, 'evaluating'):
+        batches = self.val_rows.batches(
+            self.config.batch_size, procs.rank, procs.world, self.config.eval_iters, 'evaluating')
+        for batch in batches:
             with autocast(procs.device, self.dtype):
                 loss_sum += self.model.loss(batch).item()
             n_tokens += len(batch.targets)
@@ -192,7 +192,7 @@ class Trainer:
         return conversation.answer_text(answer, tokenizer, template)
 
     def save(self, name):
-        """Write best.pt, or ckpt.pt with what resuming needs as well. The first process does."""
+        """Write best.pt, or ckpt.pt with what resuming needs. The first process does."""
         if self.procs.rank > 0:
             return
         if not all(p.isfinite().all() for p in self.model.parameters()):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from configurator import REPOSITORY, UserError
 from core import conversation, tokenfile, tokenizer
-from core.files import Bar, reading, write_whole
+from core.files import Bar, reading
 
 HUB = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')
 # The recipe for whatever is not a published file.
@@ -82,15 +82,20 @@ def download(url, folder):
     if os.path.exists(path):
         return path
     import requests  # here, because most runs download nothing
-    print(f'downloading {url}', file=sys.stderr)
     try:
-        response = requests.get(url, timeout=30)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise UserError(f'could not download {url}: {error}. Run this again, or put the file '
-                        f'at {path} yourself.') from None
-    with write_whole(path, 'wb') as file:
-        file.write(response.content)
+        # What a run before left is continued.
+        with open(f'{path}.part', 'ab') as file:
+            headers = {'Range': f'bytes={file.tell()}-', 'Accept-Encoding': 'identity'}
+            response = requests.get(url, headers=headers, stream=True, timeout=30)
+            response.raise_for_status()
+            if response.status_code != 206:
+                file.truncate(0)  # the server begins again
+            for block in Bar(response.iter_content(1 << 20), path, unit=' MB'):
+                file.write(block)
+        os.replace(f'{path}.part', path)
+    except OSError as error:  # all errors of requests are among these
+        raise UserError(f'could not download {url}: {error}. Run this again to go on, or '
+                        f'put the file at {path} yourself.') from None
     return path
 
 

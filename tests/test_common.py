@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, one_line, read_back
 from data import common
 
-DATA = bytes(range(256)) * 16
+DATA = bytes(range(256)) * 16_384  # 4 MB
 PINS = {'it': {'url': None, 'sha256': hashlib.sha256(DATA).hexdigest(), 'licence': 'MIT'}}
 
 
@@ -28,6 +28,7 @@ def get(tmp_path, monkeypatch):
     def get(status, length, body):
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                get.range = self.headers['Range']
                 self.send_response(status)
                 self.send_header('Content-Length', str(length))
                 self.end_headers()
@@ -49,6 +50,14 @@ def test_a_download_that_fails_is_one_line(get, tmp_path, status, length, body, 
     with one_line(said):
         get(status, length, body)
     assert (tmp_path / 'file.gz').exists() == ('Delete' in said)
+
+
+def test_a_download_that_broke_off_is_continued(get, tmp_path):
+    with one_line('Run this again to go on'):
+        get(200, len(DATA), DATA[:3 << 20])
+    n = (tmp_path / 'file.gz.part').stat().st_size
+    assert get(206, len(DATA) - n, DATA[n:]).about['name'] == 'it'
+    assert get.range == f'bytes={n}-' and n > 0 and os.listdir(tmp_path) == ['file.gz']
 
 
 def test_a_file_is_downloaded_once_and_recognised_by_its_hash(get, tmp_path, capsys):
