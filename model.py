@@ -4,7 +4,8 @@
 
 The body works on a stream of N tokens and asks `attend` what each of them may look at. `attend`
 is a DocumentAttention in training (each conversation by itself) and a KVCache in decoding.
-Source: Radford et al. 2019, https://github.com/openai/gpt-2
+Shapes: B texts of T tokens, or a stream of N tokens; C = n_embd; V = vocab_size; S supervised
+tokens. Source: Radford et al. 2019, https://github.com/openai/gpt-2
 """
 import math
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class GPTConfig:
     vocab_size: Count = 50257
     dropout: Fraction = 0.0
     bias: bool = True
-    # GPT-2's approximation, or the exact GELU, which nanoGPT uses
+    # tanh is GPT-2's approximation of the GELU; none the exact one, which nanoGPT uses
     gelu: Literal['tanh', 'none'] = 'tanh'
 
     @property
@@ -45,6 +46,7 @@ class Block(nn.Module):
         super().__init__()
         C = config.n_embd
         bias = config.bias
+        # The names are those of transformers' files.
         self.ln_1 = nn.LayerNorm(C, bias=bias)
         self.attn = nn.ModuleDict({
             'c_attn': nn.Linear(C, 3 * C, bias), 'c_proj': nn.Linear(C, C, bias)})
@@ -140,7 +142,7 @@ class GPT(nn.Module):
         """
         counts, lengths = zip(*batch.runs)
         starts = np.cumsum([0, *np.repeat(lengths, counts)])
-        # One copy to the GPU, for which the CPU does not wait.
+        # One copy to the GPU, in the background.
         parts = [batch.idx, batch.positions, batch.at, batch.targets, starts]
         packed = torch.from_numpy(np.concatenate(parts))
         if self.device.type == 'cuda':
@@ -159,7 +161,7 @@ class GPT(nn.Module):
         return CrossEntropy.apply(logits, targets, self.config.vocab_size)
 
     def compile(self):
-        """torch.compile the halves of a layer. All layers share one compiled pair."""
+        """torch.compile the halves of each layer. What is compiled serves all layers."""
         for block in self.transformer.h:
             block.before = torch.compile(block.before, dynamic=True)
             block.after = torch.compile(block.after, dynamic=True)
@@ -168,8 +170,8 @@ class GPT(nn.Module):
     def add_tokens(self, pieces):
         """Add tokens to the vocabulary. pieces: for each, the ids that it would be as text.
 
-        A new row is the mean of its pieces' embeddings: a random one would wreck a small GPT-2.
-        The new logit is the mean of theirs; no other changes.
+        A new row is the mean of its pieces' embeddings, so that its logit is the mean of theirs.
+        The old logits stay as they were.
         """
         wte = self.transformer.wte.weight
         new_rows = torch.stack([wte[ids].mean(0) for ids in pieces])
@@ -257,7 +259,8 @@ class CrossEntropy(torch.autograd.Function):
         for part, target in zip(logits.split(n_rows), targets.split(n_rows)):
             at_target = (torch.arange(len(part), device=part.device), target)
             p = part.softmax(-1, dtype=torch.float32)
-            # The logarithm of the sum of all exp(logit): that of the likeliest class is exact.
+            # The logarithm of the sum of all exp(logit), from the likeliest class: its logit
+            # minus the logarithm of its probability, which is never tiny.
             log_sum = part.amax(-1).float() - p.amax(-1).log()
             loss += (log_sum - part[at_target].float()).sum()
             if ctx.needs_input_grad[0]:

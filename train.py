@@ -31,7 +31,7 @@ class Config:
     data_dir: str = 'data'      # looked for here, then beside train.py
     # how long, how often
     max_iters: Natural = 0      # optimizer steps; 0 sets no limit
-    epochs: Annotated[float, Range(0, 1e6)] = 0.0  # 0: no limit, or 3 without max_iters
+    epochs: Annotated[float, Range(0, 1e6)] = 0.0  # passes; without max_iters, 0 means 3
     eval_interval: Count = 100  # steps between evaluations, which also save
     eval_iters: Natural = 0     # batches in an evaluation; 0 for the whole validation set
     eval_only: bool = False     # evaluate once and stop
@@ -85,8 +85,8 @@ class Config:
 
 # torch takes seconds to import: mistakes on the command line are found before.
 configurator.precheck(__name__, Config, check=False)
-# torch reads this when it is imported. With large pages, the memory that keep_freed_memory keeps
-# does not fall into pieces: after 60 steps of distilgpt2 4.4 GB, and 6 GB and more without.
+# torch reads this when it is imported; it means Linux's large pages. Without them, the memory
+# that keep_freed_memory (below) keeps grows: 6 GB after 60 steps of distilgpt2, not 4.4.
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 
 import torch
@@ -108,10 +108,10 @@ SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size', 'dropout')
 
 
 def open_model(config, folders):
-    """The checkpoint.Opened to train, whose state is where the run begins or goes on."""
+    """The checkpoint.Opened to train. Its checkpoint is where the run begins or goes on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
+    # The first data set decides the template. One that needs the tags is enough.
     template = metas[0]['template']
-    # One data set that needs the tags is enough.
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
     with reading(config.dataset, 'Prepare the data again.'):
         tokenizer = tokenizers.from_state(metas[0]['tokenizer'] | {'tags': tags})
@@ -141,6 +141,7 @@ def open_model(config, folders):
         sources.append({'dataset': os.path.basename(folder),
                         'source': meta.get('source'),
                         'tokens': sum(n['tokens'] for n in meta['splits'].values())})
+    # Trainer.save fills in the weights.
     state = Checkpoint(
         model={}, model_args=asdict(opened.model.config), template=template,
         tokenizer=opened.tokenizer.state(), config=asdict(config), step=0, val_loss=None,
@@ -189,7 +190,7 @@ def loop(trainer, log, request):
         if due and state.val_loss is None:
             evaluate_and_save(trainer, log, request)
         n_worse = (state.step - state.best_step) // config.eval_interval
-        lost_patience = state.best is not None and 0 < config.patience <= n_worse
+        lost_patience = due and state.best is not None and 0 < config.patience <= n_worse
         if trainer.stopped or is_last or lost_patience:
             break
 
@@ -199,6 +200,7 @@ def loop(trainer, log, request):
         recent.append(numbers)
         progress = f'step {state.step}/{config.max_iters}'
         if state.step % config.log_interval == 0 or state.step == config.max_iters:
+            # A mean of steps, to look at; log.csv has each one.
             loss = sum(step['loss'] for step in recent) / len(recent)
             speed = sum(step['tokens_per_s'] for step in recent) / len(recent)
             seconds_per_step = (time.monotonic() - started) / (state.step - first_step)

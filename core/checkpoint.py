@@ -71,9 +71,9 @@ def load(path):
 
 
 def find(folder, which='last'):
-    """The path of a checkpoint of the run saved last, in the folder or in one in it, or None.
+    """The path of a checkpoint in the folder or one level below, or None if there is none.
 
-    which: 'last' or 'best', of a run that has both.
+    Of several runs it is the one saved last; which: its 'last' or its 'best', if it has both.
     """
     names = ['best.pt', 'ckpt.pt'] if which == 'best' else ['ckpt.pt', 'best.pt']
     found = [*Path(folder).glob('*.pt'), *Path(folder).glob('*/*.pt')]
@@ -92,12 +92,12 @@ FIXED_ON_RESUME = ('dataset', 'block_size', 'batch_size', 'gradient_accumulation
 NEW_RUN = 'Start a new run with its weights: --init_from=FOLDER, another --out_dir.'
 
 
-def check_resume(checkpoint, path, config, data):
-    """UserError unless a run with this config, a dict, can go on from the Checkpoint at path."""
+def check_resume(checkpoint, name, config, data):
+    """UserError unless a run with this config, a dict, can go on from the Checkpoint."""
     if checkpoint.optimizer is None:
-        raise UserError(f'{path} has no optimizer state; a best.pt never does. {NEW_RUN}')
+        raise UserError(f'{name} has no optimizer state; a best.pt never does. {NEW_RUN}')
     if checkpoint.data != data:
-        raise UserError(f'{config["dataset"]} is not the data that {path} was trained on. '
+        raise UserError(f'{config["dataset"]} is not the data that {name} was trained on. '
                         f'Prepare it as it was. Or: {NEW_RUN}')
     for key in FIXED_ON_RESUME:
         was = checkpoint.config.get(key)

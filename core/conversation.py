@@ -5,7 +5,7 @@
 The template `xml`, its supervised tokens underlined:
 
     <conversation><user>Hi</user><assistant>Hello</assistant></conversation><|endoftext|>
-                                             ~~~~~~~~~~~~~~~~~
+                                            ~~~~~~~~~~~~~~~~~
 The loss mask is 1 on what the assistant must produce, its text and what ends it, else 0.
 """
 import codecs
@@ -31,11 +31,11 @@ class Turn(NamedTuple):
 class Template(NamedTuple):
     """How a conversation is written. A part without {text} is one special token."""
     user: tuple  # {text} and {context} stand for the turn's
-    assistant: tuple  # at the end '{text}' or ' {text}', and the token that ends the answer
+    assistant: tuple  # its last two: '{text}' or ' {text}', and what ends the answer
     user_with_context: tuple = ()  # by default the context is put below the text
     opening: tuple = ()
     closing: tuple = ()
-    headings: tuple = ()  # a message that contains one is refused: it would forge the form
+    headings: tuple = ()  # a user's text with one is refused: it would forge the form
 
     @property
     def tags(self):
@@ -111,7 +111,7 @@ def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
     """ids (n,) uint16, loss mask (n,) uint8, and how many turns are not whole in them.
 
     Too long a conversation loses turns from the end; `cut` keeps the beginning of the next
-    answer, as far as it fits. (None, None, len(turns)) if nothing supervised is left.
+    answer, as far as it fits. (None, None, len(turns)) if nothing supervised fits.
     ValueError for text that cannot be encoded, or that would forge the template's form.
     """
     form = TEMPLATES[template]
@@ -140,7 +140,8 @@ def encode(turns, tokenizer, template='xml', max_tokens=math.inf, cut=False):
         end = min(max_tokens, len(ids))
         stop = tokenizer.special[form.assistant[-1]]
         while end > ends[n]:
-            half = tokenizer.decode(ids[:end][-4:]).endswith('\ufffd')
+            # A character has up to four bytes, and a token at least one.
+            half = tokenizer.decode(ids[max(0, end - 4):end]).endswith('\ufffd')
             if mask[end - 1] and ids[end - 1] != stop and not half:
                 n = bisect_left(ends, end) - 1
                 closing = []
@@ -163,7 +164,7 @@ def prompt(turns, tokenizer, template='xml'):
 
 
 def recent(turns, tokenizer, template, n_tokens):
-    """The last turns, without the oldest exchanges, whose `prompt` has at most n_tokens."""
+    """The last turns whose `prompt` has at most n_tokens; at least the last one."""
     n = 1
     while n < len(turns) and len(prompt(turns[-n - 2:], tokenizer, template)) <= n_tokens:
         n += 2

@@ -34,7 +34,7 @@ class KVCache:
     def step(self, model, texts):
         """Append ids to each text, a list of lists -> logits (B, vocab_size) after them.
 
-        What goes into an empty cache may have different lengths.
+        Into an empty cache they may have different lengths, later only equal ones.
         """
         # Shorter ones are padded at the end, where nothing looks at the padding.
         device = self.k.device
@@ -83,8 +83,8 @@ class Sampling(NamedTuple):
 def generate(model, prompts, max_new_tokens, sampling, num_samples=1, seed=0, stops=()):
     """Yield, step by step, a list of the next ids of num_samples answers to each prompt.
 
-    An answer ends with a token of `stops`, or when the window is full. After that the list
-    has None for it.
+    An answer ends with a token of `stops`, after max_new_tokens, or when the window is full.
+    After that the list has None for it. Each prompt must fit the window.
     """
     window = model.config.block_size
     longest = max(len(prompt) for prompt in prompts)

@@ -24,7 +24,7 @@ CONVERT = 'Convert it: python formats/convert.py --input='
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')
 # transformers' names for the activation, and torch's for its approximation.
 GELUS = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
-# What config.json must say, where it says it.
+# What config.json must say about these, unless it leaves them out.
 REQUIRED = {'model_type': ['gpt2'], 'activation_function': list(GELUS),
             'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False],
             'layer_norm_epsilon': [1e-5], 'tie_word_embeddings': [True]}
@@ -33,12 +33,12 @@ REQUIRED = {'model_type': ['gpt2'], 'activation_function': list(GELUS),
 def open_folder(name, vocabulary=None):
     """(GPT, Tokenizer, config.json as a dict, folder) of a local folder or a hub name.
 
-    vocabulary: the Tokenizer of a model whose folder names none, by default GPT-2's.
+    vocabulary: the Tokenizer to assume if the folder has none; by default GPT-2's.
     """
     folder = name if os.path.isdir(name) else from_hub(name)
     config = read_config(folder)
     weights = read_weights(folder)
-    with reading(folder, "Expected the weights of transformers' GPT-2."):
+    with reading(folder, "Expected a GPT-2 in transformers' form."):
         model = from_transformers(config, weights)
         pieces = read_pieces(folder)
     if pieces:
@@ -100,8 +100,7 @@ def read_weights(folder):
                         f'kind? {CONVERT}{folder}')
     with reading(path, 'Expected weights that can be read without running code.'):
         if path.suffix == '.safetensors':
-            # Comes with transformers; not always needed.
-            import safetensors.torch
+            import safetensors.torch  # comes with transformers
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
 
@@ -125,7 +124,7 @@ def from_transformers(config, weights):
     for name, p in model.state_dict().items():
         tensor = weights[name].float()
         if name.endswith(TRANSPOSED):
-            # A view: copying here would delay the first token by a third.
+            # A view: copying here would make sample.py's first token a third later.
             tensor = tensor.t()
         if name == 'transformer.wte.weight':
             tensor = F.pad(tensor, (0, 0, 0, len(p) - len(tensor)))
@@ -137,7 +136,7 @@ def from_transformers(config, weights):
 def from_hub(name):
     """The local folder of a hub model, downloaded into transformers' cache on first use."""
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-    # Comes with transformers; not always needed.
+    # It comes with transformers. Imported here, because it is slow.
     from huggingface_hub import snapshot_download
     small = ['config.json', 'tokenizer.json', 'vocab.json']
     try:
@@ -151,7 +150,7 @@ def from_hub(name):
         folder = snapshot_download(name, allow_patterns=small)
         # Another architecture is refused before its weights are fetched.
         read_config(folder)
-        # Old models have no safetensors.
+        # Old models have no safetensors: then the other file is tried.
         for file in WEIGHTS:
             if not find_weights(folder):
                 snapshot_download(name, allow_patterns=[*small, file])

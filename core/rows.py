@@ -66,6 +66,7 @@ def make_batch(split, conversations):
     # A position predicts the token after it, so the mask moves by one.
     at = np.flatnonzero(np.concatenate([mask[1:] for _, mask in pairs]))
     positions = np.concatenate([np.arange(length) for length in lengths])
+    # Both are in the order of the lengths.
     different, counts = np.unique(lengths, return_counts=True)
     runs = list(zip(counts.tolist(), different.tolist()))
     return Batch(idx, positions, runs, at, targets[at])
@@ -74,8 +75,8 @@ def make_batch(split, conversations):
 class Rows:
     """The rows of a split: whole conversations, together up to block_size positions.
 
-    Longer ones are left out, and those with nothing supervised. Rows are counted through
-    all epochs. Without a seed, each epoch has the same order.
+    Longer ones are left out, and those with nothing supervised. Row number n_rows is the
+    first of the second epoch, and so on. Without a seed, each epoch has the same order.
     """
 
     def __init__(self, split, block_size, seed=None):
@@ -93,7 +94,8 @@ class Rows:
                 'others have no supervised token.')
         # A step may need the end of one epoch and the beginning of the next.
         self.epoch = lru_cache(maxsize=2)(self.make_epoch)
-        self.n_rows = len(self.epoch(0))  # the same in each epoch
+        # Packing depends on the lengths alone, so each epoch has as many rows.
+        self.n_rows = len(self.epoch(0))
 
     def make_epoch(self, epoch):
         """The rows of one epoch, lists of conversations."""
@@ -130,9 +132,9 @@ class Rows:
         return int(self.split.n_supervised[self.conversations(start, stop)].sum())
 
     def batches(self, batch_size, first=0, every=1, limit=0, what=''):
-        """Yield the Batches of one epoch: number `first`, then each `every`th.
+        """Yield the Batches of one epoch: number `first`, then each `every`th after it.
 
-        limit: how many there are in all, 0 for the whole epoch. what: names a progress bar.
+        limit: leave out batches from this number on; 0 for none. what: names a progress bar.
         """
         n = -(-self.n_rows // batch_size)
         numbers = range(first, min(n, limit or n), every)

@@ -4,7 +4,7 @@
 
 For each split a folder holds SPLIT.bin (uint16 ids, one conversation after another, as nanoGPT
 has it), SPLIT.mask.bin (uint8, 1 on supervised tokens) and SPLIT.idx.bin (int64, where each
-conversation starts, and the end). Where meta.json is, which is written last, the rest is whole.
+conversation starts, and the end). meta.json is written last: a folder without it is not read.
 """
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ def write(folder, splits, meta):
                   '.idx.bin': [np.cumsum([0, *lengths])]}
         digests = b''
         for ending, dtype in DTYPES.items():
-            # The empty list is there because a split may have no conversation.
+            # [] is for a split without conversations. It is float64, hence "unsafe".
             parts = [[], *arrays[ending]]
             data = np.concatenate(parts, dtype=dtype, casting='unsafe').tobytes()
             digests += hashlib.sha256(data).digest()
@@ -59,7 +59,10 @@ def write(folder, splits, meta):
 
 
 def find_folders(dataset, data_dir):
-    """The folders of data sets, names with commas, in data_dir here or beside the scripts."""
+    """The folders of data sets, a text of names with commas between them.
+
+    They are looked for in data_dir, here and then beside the scripts.
+    """
     folders = []
     for name in dataset.split(','):
         folder = os.path.join(data_dir, name.strip())
@@ -86,7 +89,7 @@ def read_meta(folder):
 
 
 def fingerprint(meta):
-    """Hash of the token files, by their meta.json. A run is resumed only on equal ones."""
+    """Hash of what meta.json says of the token files, their hashes included."""
     splits = json.dumps(meta['splits'], sort_keys=True)
     return hashlib.sha256(splits.encode()).hexdigest()
 
@@ -140,9 +143,10 @@ def open_split(folder, split, vocab_size):
             size = os.path.getsize(path)
             arrays.append(np.memmap(path, dtype, mode='r') if size else np.zeros(0, dtype))
     ids, mask, starts = arrays
-    expected = [counts[key] for key in COUNTS] + [len(ids)]
-    found = [len(starts) - 1, len(ids), np.count_nonzero(mask), len(mask)]
-    whole = found == expected and starts[0] == 0 and starts[-1] == len(ids)
+    expected = [counts[key] for key in COUNTS]
+    found = [len(starts) - 1, len(ids), np.count_nonzero(mask)]
+    whole = (found == expected and len(mask) == len(ids)
+             and starts[0] == 0 and starts[-1] == len(ids))
     if not whole or (np.diff(starts) <= 0).any():
         raise UserError(f'the files of split {split!r} in {folder} disagree with meta.json. '
                         'Prepare the folder again.')

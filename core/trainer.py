@@ -17,7 +17,7 @@ from core.device import autocast, pick_dtype
 from core.files import Bar, reading
 from core.generate import Sampling, generate
 
-MOST_SKIPPED = 10  # steps in a row; the run ends then
+MOST_SKIPPED = 10  # a run ends after so many skipped steps in a row
 WHAT_TO_DO = ('Nothing was saved; the last checkpoint is as it was. Try a lower --learning_rate, '
               '--grad_clip=1 or --dtype=float32.')
 
@@ -54,12 +54,13 @@ class Trainer:
             p.data = p.data.contiguous()
         if config.compile:
             self.model.compile()
-        self.loss = procs.wrap(self.model)
+        self.loss_module = procs.wrap(self.model)
         # Weight decay is for matrices only.
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{'params': matrices, 'weight_decay': config.weight_decay},
                   {'params': others, 'weight_decay': 0.0}]
+        # Each step sets the learning rate.
         betas = (config.beta1, config.beta2)
         self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.scaler = torch.amp.GradScaler('cuda', enabled=self.dtype == torch.float16)
@@ -75,7 +76,7 @@ class Trainer:
         return self.state.step * self.rows_per_step / self.train_rows.n_rows
 
     def conditions(self):
-        """What decides the bits of later steps, besides what a resume may not change."""
+        """What may change on a resume, but changes the bits of later steps."""
         config = self.config
         keys = ('learning_rate', 'min_lr', 'warmup_iters', 'decay_lr', 'grad_clip', 'compile')
         device = self.procs.device
@@ -104,18 +105,19 @@ class Trainer:
         stop = start + self.rows_per_step
         # What the loss of the step is divided by, known before any of it is computed.
         n_tokens = self.train_rows.n_supervised(start, stop)  # of all processes
-        # Dropout depends on the step and the process, so a resumed run draws the same.
+        # Dropout depends on (seed, step, process), mixed with primes into one number, so that
+        # a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + procs.rank)
         losses = []
         rows_at_once = procs.world * config.batch_size
         for first in range(start, stop, rows_at_once):
-            # Each process takes its own batch_size rows of these.
+            # Of these, each process takes batch_size rows.
             begin = first + procs.rank * config.batch_size
             batch = self.train_rows.batch(begin, begin + config.batch_size)
-            # Processes exchange gradients if this is set: after the last micro-batch.
-            self.loss.require_backward_grad_sync = first + rows_at_once == stop
+            # Several processes exchange gradients after the last micro-batch only.
+            self.loss_module.require_backward_grad_sync = first + rows_at_once == stop
             with autocast(procs.device, self.dtype):
-                loss = self.loss(batch)
+                loss = self.loss_module(batch)
             # DistributedDataParallel divides by the number of processes: multiply by it.
             self.scaler.scale(loss * procs.world / n_tokens).backward()
             losses.append(loss.detach())
@@ -146,7 +148,7 @@ class Trainer:
         self.scaler.update()  # float16: a smaller scale of the loss if a gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        self.state.val_loss = None  # not known of this step
+        self.state.val_loss = None  # until the next evaluation
         tokens_per_s = round(n_tokens / (time.perf_counter() - started), 1)
         return {'loss': loss_sum / n_tokens, 'learning_rate': lr, 'grad_norm': norm,
                 'tokens_per_s': tokens_per_s}

@@ -26,7 +26,7 @@ class Example(NamedTuple):
     turns: list
     drop: str = ''  # why it is left out
     key: str = ''  # examples are written in the order of their keys
-    encoded: tuple = ()  # a piece of text has these ids and this mask instead of turns
+    encoded: tuple = ()  # instead of turns, for a piece of text: ids, mask, 0
 
 
 def split_json(file):
@@ -83,13 +83,14 @@ def download(url, folder):
         return path
     import requests  # here, because most runs download nothing
     try:
-        # What a run before left is continued.
+        # Go on where an earlier run broke off.
         with open(f'{path}.part', 'ab') as file:
             headers = {'Range': f'bytes={file.tell()}-', 'Accept-Encoding': 'identity'}
             response = requests.get(url, headers=headers, stream=True, timeout=30)
+            # 200: the server begins again. 416: there is nothing after what we have.
+            if response.status_code in (200, 416):
+                file.truncate(0)
             response.raise_for_status()
-            if response.status_code != 206:
-                file.truncate(0)  # the server begins again
             for block in Bar(response.iter_content(1 << 20), path, unit=' MB'):
                 file.write(block)
         os.replace(f'{path}.part', path)
@@ -100,7 +101,7 @@ def download(url, folder):
 
 
 def split_by_hash(key, seed, **shares):
-    """Return the split of a key: one of shares, or train. New data moves no key to another."""
+    """Return the split of a key: one of shares, or train. It never depends on other keys."""
     digest = hashlib.sha256(f'{seed}:{key}'.encode('utf-8', 'surrogatepass')).digest()
     at = int.from_bytes(digest[:8], 'big') / 2 ** 64
     for name, share in shares.items():
@@ -156,7 +157,7 @@ def export(examples, source, config, folder, recipe, **meta):
                         f'Put aside: {kept}. Dropped: {dict(dropped)}')
 
     # Leave out this machine's paths: meta.json may be published.
-    options = asdict(config) | {'input': '', 'out_dir': ''}
+    options = asdict(config) | {'input': '', 'out_dir': '', 'tokenizer': vocabulary.name}
     meta |= {'source': source.about, 'template': config.template,
              'tokenizer': vocabulary.state(), 'seed': config.seed, 'options': options,
              'seen': len(examples), 'kept': kept, 'dropped': dropped,

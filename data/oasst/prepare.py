@@ -51,7 +51,7 @@ class Config:
     template: Literal['xml', 'dialogpt'] = 'xml'  # how conversations are written
     tokenizer: str = 'gpt2'     # gpt2, or the folder of a checkpoint with another vocabulary
     max_tokens: Count = 1024    # a longer conversation loses turns from its end
-    too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer that is, or nothing
+    too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of too long an answer, or drop it
     val_fraction: Fraction = 0.05  # share of the trees for validation
     seed: Seed = 1337           # decides which trees those are
 
@@ -61,7 +61,7 @@ def why_left_out(message, config):
     languages = config.lang.replace(' ', '').split(',')
     reasons = {
         'deleted': message.get('deleted'),
-        # It is null before the review.
+        # Before the review it is null.
         'review_result': message.get('review_result') is False,
         'empty text': not message['text'].strip(),
         'language': languages != ['all'] and message.get('lang') not in languages,
@@ -77,10 +77,10 @@ def by_rank(message):
 
 
 def find_threads(replies, config, above, dropped):
-    """Return the threads, lists of messages, that go on from those above with one of the replies.
+    """Return the threads, lists of messages, that begin with `above` and go on with a reply.
 
-    A thread ends with an answer to which there is no usable reply. Why replies are left out, with
-    all that is below them, is added to the list `dropped`.
+    A thread ends with an answer that nothing usable follows, or, with turns=first, with the
+    first answer. For each reply that is left out, with all below it, `dropped` gets the reason.
     """
     threads = []
     n_usable = 0
@@ -128,6 +128,7 @@ def main(argv):
         common.print_text(examples)
         return
     recipe = 'config/finetune_oasst.py'
+    # What fits a row of 512: the last token is only predicted.
     if config.max_tokens <= 513:
         recipe = 'config/finetune_oasst_cpu.py'
     common.export(examples, source, config, config.out_dir or HERE, recipe,
