@@ -3,8 +3,8 @@
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
     python evaluate.py --models=out/oasst --quiz=questions.jsonl    # see formats/quiz.py
 
-Each model is asked in its own template. One that was never tuned is asked in that of the
-data set if it needs no tags, else in the template `question`.
+Each model is asked in its own template. One that was never tuned has none: it is asked in
+that of the data set, or in `question` if that has tags.
 """
 import json
 import math
@@ -18,20 +18,20 @@ from configurator import Count, Natural
 
 @dataclass(frozen=True)
 class Config:
-    models: str = 'resume'       # folders, hub names or resume; commas between
+    models: str = 'resume'  # folders, hub names or resume, with commas
     which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
     # what to measure
-    dataset: str = ''            # a folder in data_dir: loss, and answers to its prompts
-    data_dir: str = 'data'       # looked for here, then beside evaluate.py
+    dataset: str = ''  # in data_dir: the loss, and answers to its prompts
+    data_dir: str = 'data'  # looked for here, then beside evaluate.py
     split: Literal['train', 'val', 'test'] = 'val'  # of the data set
-    answers: Natural = 20        # how many prompts of the data set to answer
-    quiz: str = ''               # a JSONL file of questions
-    # how to answer: always with the likeliest token, so that a report can be repeated
+    answers: Natural = 20  # prompts of the data set to answer
+    quiz: str = ''  # a file of questions
+    # how to answer; the likeliest token is taken
     max_new_tokens: Count = 128  # the longest answer
-    batch_size: Count = 32       # prompts answered together
+    batch_size: Count = 32  # prompts answered together
     # where
     out_dir: str = 'out/report'  # for report.json and report.html
-    device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'float32'  # of weights
 
     def problems(self):
@@ -39,7 +39,7 @@ class Config:
             yield 'nothing to measure: use --dataset=NAME, --quiz=FILE or both.'
 
 
-# torch takes seconds to import: mistakes on the command line are found before.
+# Find mistakes before torch is imported, which takes seconds.
 configurator.precheck(__name__, Config)
 
 import torch
@@ -57,19 +57,17 @@ from formats.page import render
 
 
 class Answer(NamedTuple):
-    """What a model wrote."""
     text: str
     ids: list  # without the one that ended it
     stopped: bool  # whether one did
 
 
 def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
-    """The Answers of a model to `questions`, lists of turns, in their order.
+    """The Answers of a model to `questions`, lists of turns.
 
-    Prompts of similar length are answered together; an answer is what it would be alone.
-    Too long a prompt loses its oldest tokens.
+    Each is what it would be alone. Too long a prompt loses its oldest tokens.
     """
-    # As in a chat, at least half of the window belongs to the prompt.
+    # At least half of the window is for the prompt.
     window = opened.model.config.block_size
     room = window - min(max_new_tokens, window // 2)
     prompts = []
@@ -80,14 +78,14 @@ def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
 
     greedy = Sampling(temperature=0)
     stops = conversation.stop_ids(opened.tokenizer, template)
+    # Prompts of similar length are answered together.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start:start + batch_size]
         batch = [prompts[i] for i in group]
         steps = generate(opened.model, batch, max_new_tokens, greedy, stops=stops)
-        left = f'{opened.description}: {len(order) - start} answers left'
-        for tokens in Bar(steps, left, max_new_tokens):
+        for tokens in Bar(steps, 'answers', max_new_tokens):
             for i, token in zip(group, tokens):
                 # An answer that has ended gets None.
                 if token is not None:
@@ -103,36 +101,36 @@ def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
 
 @torch.no_grad()
 def response_loss(model, split):
-    """(nats per supervised token, number of tokens) of all that fits the model."""
+    """(nats per supervised token, number of tokens) of a split."""
     loss_sum = 0.0
     n_tokens = 0
-    for batch in Rows(split, model.config.block_size).batches(4, what='loss'):
+    rows = Rows(split, model.config.block_size)
+    for batch in rows.batches(4, what='loss'):
         loss_sum += model.loss(batch).item()
         n_tokens += len(batch.targets)
     return loss_sum / n_tokens, n_tokens
 
 
 def measure(name, config, questions, device):
-    """Everything that the report says about one model, as a dict of plain values."""
+    """What the report says about one model, as a dict of plain values."""
     template = 'question'
     vocabulary = None
     if config.dataset:
         folders = tokenfile.find_folders(config.dataset, config.data_dir)
         meta = tokenfile.read_meta(folders[0])
         tags = TEMPLATES[meta['template']].tags
-        vocabulary = tokenizers.from_state(meta['tokenizer'] | {'tags': tags})
         if not tags:
             template = meta['template']
+        vocabulary = tokenizers.from_state(meta['tokenizer'] | {'tags': tags})
     # The model must have the vocabulary of the data, and gets its tags.
     opened = checkpoint.open_model(name, which=config.which, vocabulary=vocabulary)
-    # Else it was never tuned.
     template = opened.template or template
     n_parameters = sum(p.numel() for p in opened.model.parameters())
     result = {'model': name, 'description': opened.description}
     figures = {'parameters': f'{n_parameters:,}', 'asked as': template}
     prepare(opened.model, device, config.dtype)
 
-    prompts = []
+    parts = {'quiz': questions}
     if config.dataset:
         size = opened.tokenizer.vocab_size
         split = tokenfile.Split(folders, config.split, vocab_size=size)
@@ -141,19 +139,21 @@ def measure(name, config, questions, device):
         figures['loss on responses'] = f'{loss:.4f}'
         figures['perplexity'] = f'{math.exp(min(loss, 700)):.1f}'
         prompts = quiz.from_split(split, opened.tokenizer, meta['template'], config.answers)
+        parts = {'answers': prompts, **parts}
 
-    for title, part in (('answers', prompts), ('quiz', questions)):
+    for title, part in parts.items():
         if not part:
             continue
         turns = [question.turns for question in part]
-        answers = answer_all(opened, template, turns, config.max_new_tokens,
-                             config.batch_size)
+        answers = answer_all(
+            opened, template, turns, config.max_new_tokens, config.batch_size)
         asked = [quiz.grade(*pair) for pair in zip(part, answers)]
-        result[title] = {'scores': quiz.scores(asked), 'asked': asked}
-        for score, value in result[title]['scores'].items():
-            text = f'{value:.1f}' if 'mean' in score else f'{value:.1%}'
-            figures[f'{title}: {score}'] = text
-    # {name: text} for tables and for the model card.
+        scores = quiz.scores(asked)
+        result[title] = {'scores': scores, 'asked': asked}
+        for score, value in scores.items():
+            form = '{:.1f}' if 'mean' in score else '{:.1%}'
+            figures[f'{title}: {score}'] = form.format(value)
+    # {name: text}, for tables and for the model card
     result['figures'] = figures
     return result
 
@@ -171,17 +171,18 @@ def main(argv):
         names |= result['figures']
 
     # A column for each model.
-    width = 2 + max(12, *[len(result['model']) for result in results])
-    print(' ' * 48 + ''.join(result['model'].rjust(width) for result in results))
+    table = {'': [result['model'] for result in results]}
     for name in names:
-        cells = [result['figures'].get(name, '–') for result in results]
+        table[name] = [result['figures'].get(name, '–') for result in results]
+    width = 2 + max(12, *map(len, table['']))
+    for name, cells in table.items():
         print(name.ljust(48) + ''.join(cell.rjust(width) for cell in cells))
     settings = asdict(config)
     page = render('evaluation.html', results=results, names=names, settings=settings)
     with only_writer(config.out_dir):
         with write_whole(os.path.join(config.out_dir, 'report.json')) as file:
             json.dump({'config': settings, 'models': results}, file, indent=1)
-        with write_whole(os.path.join(config.out_dir, 'report.html'), 'wb') as file:
+        with write_whole(os.path.join(config.out_dir, 'report.html')) as file:
             file.write(page)
     print(f'side by side, with the answers: {config.out_dir}/report.html')
 

@@ -3,8 +3,8 @@
     python export.py --init_from=out/oasst --out=my-model
     python export.py --init_from=out/oasst --out=my-model --gguf=True --overwrite=True
 
-The folder holds the weights, the vocabulary, our template as a chat template, the ids that
-end an answer, and a model card.
+The folder holds the weights, the vocabulary, a chat template, the ids that end an answer,
+and a model card.
 """
 import os
 import shutil
@@ -17,24 +17,21 @@ from configurator import UserError
 
 @dataclass(frozen=True)
 class Config:
-    # which model
-    init_from: str = 'resume'  # resume (the last run under out_dir), or a folder
-    out_dir: str = 'out'       # where runs are
+    init_from: str = 'resume'  # the last run under out_dir, or a folder
+    out_dir: str = 'out'  # where runs are
     which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
-    # where to
-    out: str = ''              # the folder to write: whole, or not at all
-    overwrite: bool = False    # replace an export that is there already
-    # how
+    out: str = ''  # the folder to write: whole, or not at all
+    overwrite: bool = False  # replace an export
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
-    gguf: bool = False         # also write model.gguf; needs requirements-export.txt
-    report: str = ''           # report.json of evaluate.py, for the model card
+    gguf: bool = False  # also model.gguf; needs requirements-export.txt
+    report: str = ''  # report.json of evaluate.py, for the model card
 
     def problems(self):
         if not self.out:
             yield 'no folder to write to: use --out=FOLDER.'
 
 
-# torch takes seconds to import: mistakes on the command line are found before.
+# Find mistakes before torch is imported, which takes seconds.
 configurator.precheck(__name__, Config)
 
 import safetensors
@@ -48,7 +45,7 @@ FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenize
 
 
 def export(config, opened, new):
-    """Write the export of an Opened model into the folder new, onto the disk."""
+    """Write an Opened model into the folder new, onto the disk."""
     texts, weights = folder.contents(opened, config.dtype)
     title = os.path.basename(os.path.abspath(config.out))
     texts['README.md'] = card.card(title, opened, config.dtype, config.report)
@@ -67,13 +64,14 @@ def main(argv):
     old = f'{out}.old'
     opened = checkpoint.open_model(config.init_from, config.out_dir, config.which)
     if not opened.template:
-        raise UserError(f'{opened.description} was never tuned here, so there is no template to '
-                        'export. Tune it first: python train.py config/finetune_oasst.py')
+        raise UserError(f'{opened.description} was never tuned here: it has no template. '
+                        'Tune it first: python train.py config/finetune_oasst.py')
     try:
         found = set(os.listdir(out)) if os.path.lexists(out) else set()
-        if found - FILES or found and not config.overwrite:
-            raise UserError(f'{out} holds {", ".join(found - FILES or found)}. Only an export is '
-                            'replaced, with --overwrite=True. Write elsewhere: --out=FOLDER')
+        others = found - FILES
+        if others or found and not config.overwrite:
+            raise UserError(f'{out} holds {", ".join(others or found)}. Only an export is '
+                            'replaced, with --overwrite=True. Use --out=FOLDER')
         # A process that was killed may have left one.
         shutil.rmtree(new, ignore_errors=True)
         export(config, opened, new)
@@ -84,7 +82,8 @@ def main(argv):
         flush_folder(os.path.dirname(os.path.abspath(out)))
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f'cannot write {out}: {error}. Make room, or use --out=FOLDER.') from None
+        message = f'cannot write {out}: {error}. Make room, or use --out=FOLDER.'
+        raise UserError(message) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
     print(f'wrote {out}: {opened.description}, {config.dtype}, template {opened.template}. '

@@ -4,9 +4,9 @@
     python serve.py --init_from=out/oasst                         # open http://127.0.0.1:8000/
     python serve.py --init_from=out/oasst --compare=gpt2-medium   # with the untuned model beside it
 
-Serves whatever sample.py opens: POST /v1/chat/completions and /v1/completions, streamed or whole,
-GET /v1/models and /health. What is sent counts as ordinary text: nobody can write a tag and forge
-a turn. If the environment variable GPT2_API_KEY is set, clients must send it as their API key.
+Serves what sample.py opens: POST /v1/chat/completions and /v1/completions, streamed or
+whole, GET /v1/models and /health. What is sent is ordinary text: nobody can forge a turn.
+The environment variable GPT2_API_KEY sets a key that clients must send.
 """
 import contextlib
 import logging
@@ -29,40 +29,42 @@ except ImportError as error:
 
 import configurator
 from configurator import Count, Natural, Range, UserError
-from core import checkpoint, readback, tokenfile
+from core import checkpoint, tokenfile
 from core.conversation import TEMPLATES
 from core.decoding_weights import prepare
 from core.device import keep_freed_memory, pick_device
+from formats import quiz
 from web.batching import Batch, Worker
 
-CLOSING_S = 3  # how long answers may go on after Ctrl-C or SIGTERM
-# What the page offers to ask, unless the model's own data has better questions.
-EXAMPLES = ["What's the capital of France?", 'Why is the sky blue?', 'Write a haiku about the sea.']
+CLOSING_S = 3  # how long answers may go on after Ctrl-C
+# What the page offers to ask, if the model's own data is gone.
+EXAMPLES = ["What's the capital of France?", 'Why is the sky blue?',
+            'Write a haiku about the sea.']
 
 
 @dataclass(frozen=True)
 class Config:
     # the models
-    init_from: str = 'resume'  # resume (the run saved last under out_dir), a folder, or a hub name
-    out_dir: str = 'out'       # where runs are
-    which: Literal['best', 'last'] = 'best'  # checkpoint: lowest val_loss, or last of the run
-    compare: str = ''          # a second model to show beside the first: a folder or a hub name
-    template: Literal['', *TEMPLATES] = ''  # '' is the model's own, or question if it has none
+    init_from: str = 'resume'  # the run saved last, a folder, or a hub name
+    out_dir: str = 'out'  # where runs are
+    which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
+    compare: str = ''  # a second model, to show beside the first
+    template: Literal['', *TEMPLATES] = ''  # '' is the model's own, or question
     # what a request gets unless it asks for something else
     max_new_tokens: Count = 256  # the longest answer
-    temperature: Annotated[float, Range(0, 2)] = 0.8  # 0 always takes the likeliest token
-    top_k: Natural = 200       # keep the k most likely tokens; 0 keeps all
+    temperature: Annotated[float, Range(0, 2)] = 0.8  # 0 takes the likeliest token
+    top_k: Natural = 200  # keep the k most likely tokens; 0 keeps all
     # limits
-    batch_size: Count = 8      # answers that each model writes at the same time
-    queue: Natural = 64        # requests that may wait for a place; more are refused
-    remember: Natural = 4      # texts whose keys and values are kept for the next turn of a chat
+    batch_size: Count = 8  # answers that a model writes at the same time
+    queue: Natural = 64  # requests that may wait; more are refused
+    remember: Natural = 4  # texts kept in memory, for a chat's next turn
     # who may ask
-    host: str = '127.0.0.1'    # where to listen; 0.0.0.0 lets in everybody who reaches this machine
+    host: str = '127.0.0.1'  # 0.0.0.0 lets in all who reach this machine
     port: Annotated[int, Range(0, 65535)] = 8000  # 0 takes any free one
-    allow_host: str = ''       # names of this machine beside localhost, separated by commas
+    allow_host: str = ''  # more names of this machine, with commas
     # the machine
-    device: str = 'auto'       # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the weights
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of weights
 
 
 class Served(NamedTuple):
@@ -88,40 +90,32 @@ def open_served(config, init_from, role, template=''):
     print(f'{name}: {about}', flush=True)
     window = opened.model.config.block_size
     batch = Batch(opened.model, config.batch_size, config.queue, config.remember)
-    entry = {
-        'id': name,
-        'object': 'model',
-        'created': 0,
-        'owned_by': 'local',
-        'role': role,
-        'description': opened.description,
-        'template': template,
-        'window': window,
-        'examples': examples(opened),
-        'defaults': {'temperature': config.temperature, 'max_tokens': config.max_new_tokens},
-    }
+    defaults = {'temperature': config.temperature, 'max_tokens': config.max_new_tokens}
+    entry = {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'local', 'role': role,
+             'description': opened.description, 'template': template, 'window': window,
+             'examples': examples(opened), 'defaults': defaults}
     return Served(name, opened, template, window, batch, entry)
 
 
 def examples(opened):
-    """Three short questions of the model's validation data, as far as that is still there."""
+    """Three short questions of the model's validation data, if it is still there."""
     found = []
     # A file that is gone or has changed is no reason to refuse the model.
-    with contextlib.suppress(UserError, LookupError, ValueError):
-        config = opened.checkpoint.config if opened.checkpoint else {}
+    with contextlib.suppress(UserError, LookupError, AttributeError):
+        config = opened.checkpoint.config
         folder = tokenfile.find_folders(config['dataset'], config['data_dir'])[0]
         template = tokenfile.read_meta(folder)['template']
         split = tokenfile.Split([folder], 'val', vocab_size=opened.tokenizer.vocab_size)
-        for i in range(min(len(split), 200)):
-            question = readback.decode(*split[i], opened.tokenizer, template)[0]
-            if len(question.text) < 80 and not question.context:
-                found.append(question.text)
+        for question in quiz.from_split(split, opened.tokenizer, template, 50):
+            first = question.turns[0]
+            if len(first.text) < 80 and not first.context:
+                found.append(first.text)
     return [*found, *EXAMPLES][:3]
 
 
 def allow_connections():
-    """Allow as many open files, one for each client, as the system lets us have."""
-    # Windows has no such limit, and a Mac may refuse so high a one.
+    """Allow as many open files, one for each client, as we may have."""
+    # Windows has no such limit, and a Mac may refuse it.
     with contextlib.suppress(ImportError, ValueError):
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -133,24 +127,20 @@ def listen(host, port):
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise UserError(f'cannot listen on {host}:{port}: {error.strerror}. '
-                        'Choose another port with --port=N; 0 takes any that is free.') from None
+        raise UserError(f'cannot listen on {host}:{port}: {error.strerror}. Use --port=N; '
+                        '0 takes any that is free.') from None
 
 
 def make_server(config):
-    """Open the models. Returns uvicorn's server, and the Worker that writes their answers."""
+    """Open the models. Returns uvicorn's server and the Worker."""
     models = [open_served(config, config.init_from, 'tuned', config.template)]
     if config.compare:
         models.append(open_served(config, config.compare, 'compare'))
     worker = Worker([model.batch for model in models])
-    server = uvicorn.Server(uvicorn.Config(
-        make_app(config, models, worker),
-        lifespan='off',
-        ws='none',
-        log_level='error',
-        timeout_graceful_shutdown=CLOSING_S + 2,  # then connections are closed
-    ))
-    return server, worker
+    settings = uvicorn.Config(
+        make_app(config, models, worker), lifespan='off', ws='none', log_level='error',
+        timeout_graceful_shutdown=CLOSING_S + 2)
+    return uvicorn.Server(settings), worker
 
 
 def serve(server, worker, listening):
@@ -159,8 +149,8 @@ def serve(server, worker, listening):
         server.run(sockets=[listening])
         worker.stop()
 
-    # The models compute in this thread, which has loaded them: each thread that computes has a
-    # team of OpenMP threads, and two teams would wait for each other.
+    # The models compute in this thread, which has loaded them. In another one they would have
+    # a second team of OpenMP threads, and the two would wait for each other.
     threading.Thread(target=answer, daemon=True).start()
     worker.run()
 
@@ -169,12 +159,12 @@ def main(argv):
     config = configurator.load(Config, argv)
     keep_freed_memory()
     allow_connections()
-    # The port first: a mistake there should not wait for a model to load.
+    # The port first: loading a model takes longer.
     with listen(config.host, config.port) as listening:
         server, worker = make_server(config)
 
         def stop(number, frame):
-            logging.disable()  # that clients are cut off now is no news
+            logging.disable()  # about clients that are cut off now
             server.should_exit = True
             timer = threading.Timer(CLOSING_S, worker.end_all)
             timer.daemon = True

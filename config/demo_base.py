@@ -1,4 +1,4 @@
-"""The demo's base model: plain prose about 195 countries, from scratch, on one CPU core.
+"""The demo's base: prose about 195 countries, from scratch, on one CPU core.
 
     python demo/prepare.py
     python train.py config/demo_base.py

@@ -1,4 +1,4 @@
-"""The demo's tuned model: the base learns to answer, and what it knows is carried over.
+"""The demo's tuned model: the base learns to answer and keeps what it knows.
 
     python train.py config/demo_base.py
     python train.py config/demo_tune.py

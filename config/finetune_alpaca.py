@@ -5,22 +5,20 @@
     python evaluate.py --models=distilgpt2,out/alpaca --dataset=alpaca
 
 The data are CC BY-NC 4.0: a model trained on them is not for commercial use.
-
-Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what a micro-batch keeps for the
-backward pass. On a CPU a pass takes hours: two shared cores need about a minute a
-step. For a look: --max_iters=50 --eval_interval=25 --eval_iters=10. The corrected
-data: prepare with --source=alpaca-cleaned, train with --dataset=alpaca-cleaned
+Memory: 82e6 parameters * 16 bytes = 1.3 GB, and what the backward pass needs.
+On two shared CPU cores a step takes about a minute: for a look, --max_iters=50
+--eval_interval=25 --eval_iters=10. The corrected data: prepare with
+--source=alpaca-cleaned, train with --dataset=alpaca-cleaned
 --out_dir=out/alpaca-cleaned.
 
 As published (the InstructAI project) / here
-- The same: distilgpt2, Stanford's 52,002 rows, base and tuned answers side by side.
-- The prompt begins with "### Instruction:" / Stanford's own prompt, with its first
-  sentence. As published: prepare with --template=alpaca-short.
+- distilgpt2, Stanford's rows, answers side by side / the same.
+- The prompt begins with "### Instruction:" / with Stanford's first sentence.
+  As published: prepare with --template=alpaca-short.
 - Loss on the whole sequence / on the response. As published: --loss_on=all.
-- Learning rate, batch size and epochs unknown / Stanford's epochs and warm-up; a
-  higher learning rate, since Stanford's 2e-5 was for 7 billion parameters.
-- Rows of over 513 tokens: unknown / cut, 67 of the 52,002; left out if the prompt is
-  longer.
+- Learning rate, batch size and epochs unknown / Stanford's epochs and warm-up,
+  and a higher rate: Stanford's 2e-5 was for 7 billion parameters.
+- Rows of over 513 tokens: unknown / cut, 67 of them.
 - No loss was published. Expected loss and time are unknown: no weights could be
   downloaded here.
 """

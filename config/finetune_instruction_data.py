@@ -4,20 +4,19 @@
     python train.py config/finetune_instruction_data.py
     python sample.py --init_from=resume --user="What is an antonym of 'complicated'?"
 
-The smallest real run here. For the same two passes the book (chapter 7) reports 0.86
-minutes on an A100, 1.8 on an L4 and 16 on the CPU of an M3 MacBook Air. With little
-memory: --init_from=gpt2.
+The smallest real run here. For the same two passes the book (chapter 7) reports
+0.86 minutes on an A100, 1.8 on an L4 and 16 on the CPU of an M3 MacBook Air.
+With little memory: --init_from=gpt2.
 
-As published (the book, and the two teaching versions made from it) / here
-- The same: 935/55/110 entries by position, two passes, AdamW at 5e-5 with weight
-  decay 0.1 and no schedule, no loss on padding, the first <|endoftext|> learned.
-- One first sentence for all prompts / Stanford's other one where there is an input.
-- Loss on prompts and responses (val_loss 0.66) / on responses. As published:
-  --loss_on=all. Prompts are the easy four fifths of the tokens: do not compare.
+As published (the book and its two teaching versions) / here
+- 935/55/110 entries by position, two passes, AdamW at 5e-5, no schedule, no loss
+  on padding / the same.
+- One first sentence for all prompts / Stanford's other one if there is an input.
+- Loss on prompts, too (val_loss 0.66) / on responses. As published:
+  --loss_on=all. Prompts are four fifths of the tokens, and easy: do not compare.
 - Batches of 8 padded entries / rows of 512 positions, which hold 8.4 on average.
-- AdamW's beta2 0.999, no clipping / the same, set below.
-- Split by position, 4 entries of val and 2 of test have prompts that stand in train as
-  well. Prepare without --split, and a hash of the prompt decides: none has.
+- Split by position, 4 prompts of val and 2 of test stand in train, too. Prepare
+  without --split, and none does.
 """
 out_dir = 'out/instruction-data'
 init_from = 'gpt2-medium'

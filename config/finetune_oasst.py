@@ -1,26 +1,23 @@
-"""gpt2-medium on OpenAssistant: questions and first answers, as XML-tagged conversations.
+"""gpt2-medium on OpenAssistant: questions and first answers, as tagged conversations.
 
     python data/oasst/prepare.py
     python train.py config/finetune_oasst.py
     python sample.py --init_from=resume --user="What's the capital of France?"
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
 
-Memory on a GPU: 355 M parameters in float32, with gradients and AdamW's two moments,
-take 355e6 * 16 bytes = 5.7 GB. What a micro-batch keeps for the backward pass is at
-most about 7 GB more. Have 16 GB, or take --batch_size=1
---gradient_accumulation_steps=32, which is the same step. On a CPU use
-config/finetune_oasst_cpu.py.
+Memory on a GPU: 355e6 parameters * 16 bytes = 5.7 GB, and the backward pass takes
+up to 7 GB. Under 16 GB: --batch_size=1 --gradient_accumulation_steps=32, the same
+step. On a CPU: config/finetune_oasst_cpu.py.
 
 As published (the blog post behind this project) / here
-- The same: gpt2-medium, the tags; the root of each tree and each direct reply as one
-  conversation.
-- oasst1 in all languages / oasst2, English only, without deleted and rejected
+- gpt2-medium, the tags, the root of each tree with each direct reply / the same.
+- oasst1 in all languages / oasst2 in English, without deleted and rejected
   messages. As published: --source=oasst1 --lang=all.
-- Tags as plain text, each on its own line / tokens of their own, nothing between them.
+- Tags as plain text, each on its own line / single tokens, nothing between them.
 - Loss on every token / on the answers. As published: --loss_on=all.
-- Conversations run on from one to the next / each is isolated, and longer ones cut.
+- Conversations run on into each other / each is isolated, and longer ones cut.
 - No learning rate, batch size or loss was published. Expected loss and time are
-  unknown: no weights could be downloaded where this was written.
+  unknown: no weights could be downloaded here.
 """
 out_dir = 'out/oasst'
 init_from = 'gpt2-medium'
@@ -31,7 +28,7 @@ batch_size = 4
 gradient_accumulation_steps = 8
 block_size = 1024
 
-# Two passes. Small instruction sets are learned by then, and a third pass mostly overfits.
+# Small sets are learned in two passes; a third mostly overfits.
 epochs = 2.0
 eval_interval = 50
 patience = 3

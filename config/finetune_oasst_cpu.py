@@ -1,11 +1,11 @@
-"""The OpenAssistant recipe at the size of a laptop: distilgpt2, rows of 512 positions.
+"""The OpenAssistant recipe for a laptop: distilgpt2, rows of 512 positions.
 
     python data/oasst/prepare.py --max_tokens=513
     python train.py config/finetune_oasst_cpu.py
     python sample.py --init_from=resume --user="What's the capital of France?"
 
-A row of 512 positions holds a conversation of 513 tokens: the last one is only
-predicted. How this differs from the published run: see config/finetune_oasst.py.
+513 tokens fill 512 positions: the last one is only predicted. How this differs
+from the published run: see config/finetune_oasst.py.
 """
 out_dir = 'out/oasst-cpu'
 init_from = 'distilgpt2'

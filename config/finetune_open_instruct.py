@@ -7,18 +7,16 @@
         --trim=sentence --temperature=0 --max_new_tokens=64
 
 As published ("GPT-2 Instruct") / here
-- The same: DialoGPT-medium; instruction, input and output joined by spaces; 128
-  tokens, longer ones cut (14 % of Stanford's rows, which are a quarter of these);
-  shuffle 42, 100,000 rows to train; batches of 32 examples, one epoch, the Trainer's
-  5e-5 decaying to 0, no weight decay; answers cut at the last full stop.
+- DialoGPT-medium; instruction, input and output joined by spaces; 128 tokens;
+  shuffle 42, 100,000 rows; one epoch of batches of 32, 5e-5 falling to 0, no
+  weight decay; answers cut at the last full stop / the same.
 - Linear decay / cosine decay.
-- All 498,813 rows of the repository are shuffled, whose parts were counted twice, so
-  that test rows had been trained on / only the main file's 222,650 rows.
-- Loss on every token, and never on <|endoftext|> / on answers and their end. Prompts
+- 498,813 rows, parts counted twice, so that test rows had been trained on / the
+  main file's 222,650.
+- Loss on every token, never on <|endoftext|> / on answers and their end. Prompts
   as well: --loss_on=all.
-- Examples are padded / packed: a row of 128 positions holds 1.9 of Stanford's, so 17
-  rows are about the 32 examples of a published step.
-- Greedy answers of 64 tokens, prompt included / the options above do not count it.
+- Padded / packed: 17 rows hold about the 32 examples of a published step.
+- Greedy answers of 64 tokens with the prompt / of 64 without it.
 - No loss was published. Expected loss and time are unknown: no weights could be
   downloaded here.
 """
@@ -26,7 +24,7 @@ out_dir = 'out/open-instruct'
 init_from = 'microsoft/DialoGPT-medium'
 dataset = 'open-instruct'
 
-# 17 rows * 1.9 examples: about 32 examples a step
+# 17 rows * 1.9 of Stanford's examples: about 32 a step
 batch_size = 17
 gradient_accumulation_steps = 1
 block_size = 128

@@ -4,18 +4,16 @@
     python train.py config/finetune_own.py --dataset=mine --out_dir=out/mine
     python sample.py --init_from=resume --out_dir=out/mine --chat
 
-Memory: 124e6 parameters * 16 bytes = 2.0 GB, and what one row keeps for the backward
-pass. Where this does not suit your data:
+Memory: 124e6 parameters * 16 bytes = 2.0 GB, and what the backward pass needs.
+Where this does not suit your data:
 
-- Model: --init_from=distilgpt2 is smaller and faster; gpt2-medium, with 16 GB on a
-  GPU, better.
-- Steps: neither max_iters nor epochs is set, so it is three passes. If val_loss rises
-  before the end, take --epochs=1 or 2; if it still falls clearly, take more. With a
-  few hundred conversations, --eval_interval=5 shows more of the curve.
-- Learning rate: --learning_rate=2e-5 keeps more of what the model knows, 1e-4 learns
-  more.
-- Texts rather than conversations: their style is learned, not how to answer. Continue
-  one with sample.py --start="..." instead of --chat.
+- Model: --init_from=distilgpt2 is smaller and faster; gpt2-medium is better, and
+  needs a GPU with 16 GB.
+- Steps: by default three passes. If val_loss rises before the end, --epochs=1 or
+  2; if it still falls, more. For a few hundred conversations, --eval_interval=5.
+- Learning rate: 2e-5 keeps more of what the model knows, 1e-4 learns more.
+- Texts teach a style, not how to answer. Continue one with sample.py
+  --start="..." instead of --chat.
 
 This follows no published run. Expected loss and time depend on your data.
 """

@@ -1,8 +1,6 @@
-"""Back to turns: from ids, from the text of prepare.py --stdout, from chat messages.
+"""Back to turns: from ids, from the text of --stdout, from chat messages.
 
     python -c "from core import readback; print(readback.from_text('<conversation>…'))"
-
-What looks at prepared data or takes conversations from elsewhere needs it.
 """
 import re
 
@@ -21,12 +19,13 @@ def decode(ids, mask, tokenizer, template='xml'):
     try:
         turns = read(ids, mask, tokenizer, form)
         whole = encode(turns, tokenizer, template)[0].tolist()
-        # One that was cut ends inside an answer, whose text may have other ids by itself.
+        # One that was cut ends in an answer, whose text may have other ids by itself.
         is_cut = ids and mask[-1] and ids[-1] not in tokenizer.special.values()
         begins = tokenizer.decode_bytes(whole).startswith(tokenizer.decode_bytes(ids))
         if whole == ids or is_cut and begins:
             return turns
-    except (KeyError, ValueError):  # an unknown id, half a character, a forged heading
+    # An unknown id, half a character or a forged heading.
+    except (KeyError, ValueError):
         pass
     raise ValueError(f'not a conversation of the template {template!r}: the ids {ids[:20]} …')
 
@@ -50,7 +49,7 @@ def read_messages(ids, mask, tokenizer, form):
 
 
 def read_exchanges(ids, mask, tokenizer, form):
-    """<|endoftext|> ends an exchange; only the mask says where in it the answer begins."""
+    """<|endoftext|> ends an exchange. The mask says where its answer begins."""
     turns = []
     start = 0
     while start < len(ids):
@@ -79,16 +78,18 @@ def read_request(request, form):
 
 
 def from_text(text):
-    """The conversations, lists of turns, in text that `conversation.to_text` wrote."""
+    """The conversations in text that `conversation.to_text` wrote."""
     found = []
-    for whole in re.findall(r'<conversation>(.*?)</conversation>', text, re.DOTALL):
-        messages = re.findall(r'<(user|assistant)>(.*?)</\1>', whole, re.DOTALL)
-        found.append([Turn(role, ESCAPED_TAG.sub(r'<\1\2', body)) for role, body in messages])
+    for whole in re.findall('<conversation>(.*?)</conversation>', text, re.DOTALL):
+        turns = []
+        for role, body in re.findall(r'<(user|assistant)>(.*?)</\1>', whole, re.DOTALL):
+            turns.append(Turn(role, ESCAPED_TAG.sub(r'<\1\2', body)))
+        found.append(turns)
     return found
 
 
 def from_messages(messages):
-    """The turns of [{'role': …, 'content': text or None}, …], as chat interfaces have them.
+    """The turns of [{'role': …, 'content': text or None}, …].
 
     Messages of the same role in a row are joined by a blank line. System messages, for which
     no template has a place, go before the first user's text.

@@ -3,7 +3,7 @@
     python data/oasst/prepare.py --report
     python data/report.py --folder=data/oasst       # for a folder that is prepared already
 
-Everything comes from the token files and meta.json. formats/dataset.html is the page's form.
+Its form is formats/dataset.html.
 """
 import os
 import sys
@@ -23,26 +23,24 @@ from formats.page import render
 
 SHOWN = 20  # conversations
 COLUMNS = 40  # in the histogram, at most
-NICE = [digit * 10 ** power for power in range(9) for digit in (1, 2, 5)]  # 1, 2, 5, 10, 20, ...
+# 1, 2, 5, 10, 20, ...
+NICE = [digit * 10 ** power for power in range(9) for digit in (1, 2, 5)]
 
 
 @dataclass(frozen=True)
 class Config:
-    folder: str = 'data/oasst'  # with the token files; report.html goes there
-    seed: Seed = 1337           # which conversations are shown
+    folder: str = 'data/oasst'  # prepared; report.html goes there
+    seed: Seed = 1337  # which conversations are shown
 
 
 # ---- how long the conversations are ----
 
 def histogram(lengths, supervised):
-    """The bars for conversations with these lengths and numbers of supervised tokens: dicts.
-
-    A bar stands for the conversations that have from `first` to `last` tokens.
-    """
+    """The bars, dicts: a bar is for conversations of `first` to `last` tokens."""
     longest = int(lengths.max())
     width = next(width for width in NICE if longest // width < COLUMNS)
     index = lengths // width
-    conversations = np.bincount(index)
+    conversations = np.bincount(index).tolist()
     # An empty bar has no tokens.
     n_tokens = np.bincount(index, lengths).clip(1)
     shares = np.bincount(index, supervised) / n_tokens
@@ -50,7 +48,7 @@ def histogram(lengths, supervised):
     for i, share in enumerate(shares.tolist()):
         first = i * width
         columns.append({'index': i, 'first': first, 'last': first + width - 1,
-                        'conversations': int(conversations[i]), 'supervised': share})
+                        'conversations': conversations[i], 'supervised': share})
     return columns
 
 
@@ -58,16 +56,13 @@ def ticks_of(columns):
     """The axis below the columns: [(per cent of the width, tokens)]."""
     end = columns[-1]['last'] + 1
     step = next(step for step in NICE if end / step < 6)
-    return [(round(100 * tokens / end, 2), tokens) for tokens in range(0, end + 1, step)]
+    return [(round(100 * at / end, 2), at) for at in range(0, end + 1, step)]
 
 
 # ---- conversations, token by token ----
 
 def tokens_of(ids, mask, tokenizer):
-    """The conversation as a list of dicts, one for each token.
-
-    Several tokens that only together make up whole characters share one.
-    """
+    """The conversation as dicts: of a token, or of some that share a character."""
     tags = set(tokenizer.special.values())
     found = []
     # Ids that do not make up whole characters yet.
@@ -78,28 +73,31 @@ def tokens_of(ids, mask, tokenizer):
         is_last = i + 1 == len(ids) or mask[i + 1] != mask[i] or ids[i + 1] in tags
         # A character that is not whole ends in a replacement character.
         if is_last or not text.endswith('\ufffd'):
+            is_tag = group[0] in tags
             found.append({'text': text, 'ids': group, 'supervised': bool(mask[i]),
-                          'tag': group[0] in tags})
+                          'tag': is_tag})
             group = []
     return found
 
 
 def examples(split, tokenizer, seed):
     """SHOWN conversations of the split, drawn by the seed."""
+    rng = np.random.default_rng(seed)
     n = min(SHOWN, len(split))
-    chosen = np.random.default_rng(seed).choice(len(split), n, replace=False)
+    chosen = rng.choice(len(split), n, replace=False)
     found = []
     for i in sorted(chosen.tolist()):
         ids, mask = split[i]
+        tokens = tokens_of(ids, mask, tokenizer)
         found.append({'split': split.name, 'index': i, 'n_tokens': len(ids),
-                      'n_supervised': int(mask.sum()), 'tokens': tokens_of(ids, mask, tokenizer)})
+                      'n_supervised': int(mask.sum()), 'tokens': tokens})
     return found
 
 
 # ---- the page ----
 
 def page(folder, seed):
-    """The page about a prepared folder, as bytes."""
+    """The page about a prepared folder."""
     meta = tokenfile.read_meta(folder)
     tokenizer = tokenizers.from_state({'tags': True, **meta['tokenizer']})
     splits = []
@@ -115,7 +113,6 @@ def page(folder, seed):
         # The last token is only a target.
         n = int((lengths - 1 <= size).sum())
         fitting.append((f'{size:,}\u00a0positions', n))
-    dropped = Counter(meta.get('dropped'))
     # What is missing in meta.json is left out of the page.
     source = meta.get('source', {})
     return render(
@@ -125,7 +122,8 @@ def page(folder, seed):
         n_tokens=int(lengths.sum()), n_supervised=int(supervised.sum()),
         median=int(np.median(lengths)), longest=int(lengths.max()),
         columns=columns, ticks=ticks_of(columns), fitting=fitting, splits=splits,
-        dropped=dropped.most_common(), shown=examples(splits[0], tokenizer, seed), seed=seed)
+        dropped=Counter(meta.get('dropped')).most_common(),
+        shown=examples(splits[0], tokenizer, seed), seed=seed)
 
 
 def main(argv):
@@ -133,7 +131,7 @@ def main(argv):
     with reading(os.path.join(config.folder, 'meta.json'), 'Prepare the folder again.'):
         text = page(config.folder, config.seed)
     path = os.path.join(config.folder, 'report.html')
-    with write_whole(path, 'wb') as file:
+    with write_whole(path) as file:
         file.write(text)
     print(f'what the model will learn, to look at: {path}')
 

@@ -2,15 +2,15 @@
 
     python demo/prepare.py   # writes prose/, chat/ and quiz.jsonl
 
-The prose states every fact. The conversations ask for the capital of most countries, in
-both directions, and for the other facts of all. None asks for the capital of the 40 "never
-asked" countries, or for the country of those capitals: there, a tuned model can only use
-what the base learned from prose. facts.csv holds the facts, wordings.toml the words.
+The prose states every fact, and the conversations ask for them. But none asks for the
+capital of the 40 "never asked" countries, or for the country of those capitals: a tuned
+model can know these only from the prose.
 """
 import csv
 import json
 import os
 import random
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -28,29 +28,28 @@ from core.conversation import Turn
 from core.files import write_whole
 from core.tokenizer import Tokenizer, to_bytes
 
-# What is never asked about some countries: country -> capital, and back.
+# country -> capital, and back
 DIRECTIONS = {'capital': 'forward', 'country': 'backward'}
 N_NEVER_ASKED = 40
 README_ASKS = ('France', 'Japan')
-# Texts, and conversations, that are set aside.
-N_VAL = 400
-# BPE tokens; with <|endoftext|> and the six tags they are 2,048.
-VOCAB_SIZE = 2041
+N_VAL = 400  # texts, and conversations
+VOCAB_SIZE = 2041  # with <|endoftext|> and the six tags 2,048
 
 
 @dataclass(frozen=True)
 class Config:
-    out_dir: str = HERE              # folder for prose/, chat/ and quiz.jsonl
-    n_texts: Count = 14_000          # texts of prose
-    n_conversations: Count = 42_000  # conversations of one to three questions
-    seed: Seed = 1337                # of the texts and of the choice of countries
+    out_dir: str = HERE  # for prose/, chat/ and quiz.jsonl
+    n_texts: Count = 14_000  # of prose
+    n_conversations: Count = 42_000  # of one to three questions
+    seed: Seed = 1337  # of the texts and the never asked
 
 
 # ---- facts and words ----
 
 def read_facts():
-    """The rows of facts.csv as dicts. `name` is the country without its article."""
-    with open(os.path.join(HERE, 'facts.csv'), newline='', encoding='utf-8') as file:
+    """The rows of facts.csv; `name` is the country without its article."""
+    path = os.path.join(HERE, 'facts.csv')
+    with open(path, newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row['name'] = row['country']
@@ -59,7 +58,7 @@ def read_facts():
 
 
 def read_wordings():
-    """wordings.toml as a dict, with held_out: wordings that must not be learned."""
+    """wordings.toml, and `held_out`: what must not be learned."""
     with open(os.path.join(HERE, 'wordings.toml'), 'rb') as file:
         wordings = tomllib.load(file)
     wordings['held_out'] = []
@@ -76,26 +75,28 @@ def fill(wording, values):
 
 
 def words(text):
-    """The words of a text, in lower case between spaces, to compare texts."""
-    letters = [c if c.isalnum() else ' ' for c in text.lower().replace("'", '')]
-    return f' {" ".join("".join(letters).split())} '.replace(' what is ', ' whats ')
+    """The words of a text, in lower case between spaces."""
+    found = re.findall(r'[^\W_]+', text.lower().replace("'", ''))
+    return f' {" ".join(found)} '.replace(' what is ', ' whats ')
 
 
 def choose_never_asked(facts, seed):
-    """The rows of the countries whose capital no conversation asks for."""
+    """The rows of the never asked countries."""
     candidates = []
     for row in facts:
-        # Mexico City, which shares a word with its country, would give the answer away.
-        shared = set(words(row['name']).split()) & set(words(row['capital']).split())
-        if not shared and row['name'] not in README_ASKS:
+        name = words(row['name']).split()
+        capital = words(row['capital']).split()
+        # Mexico City would give its country away.
+        if set(name).isdisjoint(capital) and row['name'] not in README_ASKS:
             candidates.append(row)
-    return random.Random(f'{seed} never asked').sample(candidates, N_NEVER_ASKED)
+    rng = random.Random(f'{seed} never asked')
+    return rng.sample(candidates, N_NEVER_ASKED)
 
 
 # ---- texts ----
 
 def make_prose(facts, wordings, config):
-    """Texts of three to five sentences on a country, two of them on its capital."""
+    """Texts of three to five sentences, two of them on the capital."""
     rng = random.Random(f'{config.seed} prose')
     others = [kind for kind in wordings['prose'] if kind != 'capital']
     texts = []
@@ -103,23 +104,24 @@ def make_prose(facts, wordings, config):
         row = facts[i % len(facts)]
         kinds = ['capital', 'capital', *rng.sample(others, rng.randint(1, 3))]
         rng.shuffle(kinds)
-        sentences = [fill(rng.choice(wordings['prose'][kind]), row) for kind in kinds]
-        texts.append(' '.join(sentences))
+        chosen = [rng.choice(wordings['prose'][kind]) for kind in kinds]
+        texts.append(' '.join(fill(wording, row) for wording in chosen))
     return texts
 
 
 def question(row, kind, wordings, rng):
-    """A question of this kind about the country.
+    """A question of this kind about the country, amid words that mean nothing.
 
-    Around it and in it stand words that mean nothing: the more of them a model has seen,
-    the less an unknown wording disturbs it.
+    The more of these a model has seen, the less an unknown wording disturbs it.
     """
     ask = wordings['ask'][kind]
     around = wordings['around']
+    held_out = wordings['held_out']
     body = ''
-    while not body or any(wording in words(body) for wording in wordings['held_out']):
+    while not body or any(wording in words(body) for wording in held_out):
         if rng.random() < 0.4:
-            body = rng.choice(around['frame']).replace('{n}', rng.choice(ask['nouns']))
+            frame = rng.choice(around['frame'])
+            body = frame.replace('{n}', rng.choice(ask['nouns']))
         else:
             body = rng.choice(ask['sentences'])
     blanks = {name: rng.choice(around[name]) for name in ('who', 'what', 'when')}
@@ -139,7 +141,7 @@ def question(row, kind, wordings, rng):
 
 
 def misspell(word, rng):
-    """The word, or two of its letters exchanged, or one left out. Names stay."""
+    """The word, perhaps with a slip of the keyboard. Names stay."""
     if len(word) < 3 or '{' in word or rng.random() < 0.7:
         return word
     at = rng.randrange(len(word) - 1)
@@ -150,7 +152,7 @@ def misspell(word, rng):
 
 
 def make_conversations(facts, never_asked, wordings, config):
-    """Lists of turns: one to three questions, about different countries."""
+    """Lists of turns: questions about one to three countries."""
     rng = random.Random(f'{config.seed} conversations')
     kinds_of = {}
     for row in facts:
@@ -158,17 +160,16 @@ def make_conversations(facts, never_asked, wordings, config):
         if row not in never_asked:
             kinds += 2 * list(DIRECTIONS)
         kinds_of[row['name']] = kinds
-    askable = [row for row in facts if kinds_of[row['name']]]
     pairs = [(words(row['name']), words(row['capital'])) for row in never_asked]
     found = []
     while len(found) < config.n_conversations:
         turns = []
-        for row in rng.sample(askable, rng.choice((1, 1, 1, 1, 1, 2, 3))):
+        for row in rng.sample(facts, rng.choice((1, 1, 1, 1, 1, 2, 3))):
             kind = rng.choice(kinds_of[row['name']])
             answer = fill(wordings['ask'][kind]['answer'], row)
             turns.append(Turn('user', question(row, kind, wordings, rng)))
             turns.append(Turn('assistant', answer))
-        # Two countries can still name both of a pair, as Port of Spain names Spain.
+        # Port of Spain names Spain: both of a pair can still be there.
         text = words(' '.join(turn.text for turn in turns))
         if not any(name in text and capital in text for name, capital in pairs):
             found.append(turns)
@@ -176,9 +177,9 @@ def make_conversations(facts, never_asked, wordings, config):
 
 
 def make_quiz(facts, never_asked, wordings, which='quiz'):
-    """The questions of the quiz, in the form of `evaluate.py --quiz=FILE`.
+    """The questions, in the form of formats/quiz.py.
 
-    Answers about the never asked, without the name at their end, show what the base knows.
+    The base completes answers about the never asked: that shows what it knows.
     """
     found = []
     for row in facts:
@@ -189,11 +190,10 @@ def make_quiz(facts, never_asked, wordings, which='quiz'):
             if row in never_asked:
                 group = f'never asked, {direction}'
                 beginning = answer.rpartition(f' {wanted}')[0]
-                found.append({'question': beginning, 'wanted': wanted,
-                              'group': 'to complete'})
+                found.append({'question': beginning, 'wanted': wanted, 'group': 'to complete'})
+            more = {'answer': answer, 'wanted': wanted, 'group': group}
             for wording in wordings['ask'][kind][which]:
-                found.append({'question': fill(wording, row), 'answer': answer,
-                              'wanted': wanted, 'group': group})
+                found.append({'question': fill(wording, row), **more})
     return found
 
 
@@ -201,9 +201,10 @@ def make_quiz(facts, never_asked, wordings, which='quiz'):
 
 def write_dataset(folder, template, examples, vocabulary):
     """Write examples, a list of (ids, mask), as a prepared folder."""
-    tokenfile.write(folder, {'train': examples[N_VAL:], 'val': examples[:N_VAL]}, {
-        'template': template, 'tokenizer': vocabulary.state(),
-        'source': {'name': 'demo/facts.csv', 'licence': 'MIT'}})
+    splits = {'train': examples[N_VAL:], 'val': examples[:N_VAL]}
+    source = {'name': 'demo/facts.csv', 'licence': 'MIT'}
+    tokenfile.write(folder, splits, {
+        'template': template, 'tokenizer': vocabulary.state(), 'source': source})
 
 
 def main(argv):
@@ -214,8 +215,8 @@ def main(argv):
     prose = make_prose(facts, wordings, config)
     conversations = make_conversations(facts, never_asked, wordings, config)
 
-    # Names count three hundred times more, with and without a space before them, so that
-    # most are one or two tokens: a name of four is copied from a question less reliably.
+    # Make names common, so that most become one or two tokens: a name of four is
+    # copied from a question less reliably.
     texts = prose + [turn.text for turns in conversations for turn in turns]
     for row in facts:
         for name in (row['name'], row['capital']):
@@ -226,17 +227,14 @@ def main(argv):
     tokens = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]
     vocabulary = Tokenizer('demo', tokens, tags=True)
 
-    documents = []
+    examples = []
     for text in prose:
         ids = np.append(vocabulary.encode(text), vocabulary.end_of_text)
         # Every token is learned.
-        documents.append((ids, np.ones_like(ids)))
-    dialogues = []
-    for turns in conversations:
-        ids, mask, _ = conversation.encode(turns, vocabulary)
-        dialogues.append((ids, mask))
-    write_dataset(f'{config.out_dir}/prose', 'plain', documents, vocabulary)
-    write_dataset(f'{config.out_dir}/chat', 'xml', dialogues, vocabulary)
+        examples.append((ids, np.ones_like(ids)))
+    write_dataset(f'{config.out_dir}/prose', 'plain', examples, vocabulary)
+    examples = [conversation.encode(turns, vocabulary)[:2] for turns in conversations]
+    write_dataset(f'{config.out_dir}/chat', 'xml', examples, vocabulary)
     with write_whole(f'{config.out_dir}/quiz.jsonl') as file:
         for q in make_quiz(facts, never_asked, wordings):
             file.write(json.dumps(q, ensure_ascii=False) + '\n')

@@ -16,15 +16,14 @@ import configurator
 from configurator import Seed, UserError
 
 LESSON = """
-The base knows the facts: given all of a never-asked sentence but the name, it completes {:.0f} %.
-But it answers no question. Tuning taught it how to answer, with questions about other countries,
-and what it knew is carried over to the never asked.
+The base completes {:.0f} % of the never-asked facts, but answers no question. Tuning taught
+it how to answer, with questions about other countries, and what it knew is carried over.
 """
 
 
 @dataclass(frozen=True)
 class Config:
-    seed: Seed = 1337  # of the texts, the choice of countries and both trainings
+    seed: Seed = 1337  # of the texts and of both trainings
 
 
 def run(script, *arguments):
@@ -32,25 +31,26 @@ def run(script, *arguments):
     print(f'\n$ python {script} {" ".join(arguments)}', flush=True)
     started = time.perf_counter()
     # One thread: at this size, a second one gains nothing.
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment)
     if done.returncode:
-        raise UserError(f'{script} failed. What it said is above.')
+        raise UserError(f'{script} failed: see above.')
     return time.perf_counter() - started
 
 
 def ask(models):
-    """The answers of each of the models to the quiz, as report.json has them."""
+    """What each of the models answered to the quiz."""
     run('evaluate.py', f'--models={models}', '--which=last', '--quiz=demo/quiz.jsonl',
         '--max_new_tokens=32', '--batch_size=256', '--out_dir=out/demo-report')
     path = os.path.join(ROOT, 'out/demo-report/report.json')
     with open(path, encoding='utf-8') as file:
-        return [result['quiz']['asked'] for result in json.load(file)['models']]
+        results = json.load(file)['models']
+    return [result['quiz']['asked'] for result in results]
 
 
 def percent(asked, group, mark='exact'):
-    """How many of the answers to a group of questions have the mark."""
+    """How many of a group's answers have the mark."""
     marks = [one[mark] for one in asked if one['group'].startswith(group)]
     return 100 * sum(marks) / len(marks)
 
@@ -63,7 +63,7 @@ def main(argv):
     seconds += run('train.py', 'config/demo_tune.py', seed, '--overwrite=True')
     base, tuned = ask('out/demo-base,out/demo')
 
-    # A few of the 400 questions; 57 reaches each of the five wordings, both ways.
+    # 57 reaches each of the five wordings, both ways.
     numbers = [i for i, one in enumerate(tuned) if 'never asked' in one['group']]
     for i in numbers[::57]:
         print(f'\n{tuned[i]["prompt"][0]}')
@@ -71,10 +71,11 @@ def main(argv):
         print(f'  tuned  {tuned[i]["answer"]}')
         print(f'  right  {tuned[i]["expected"]}')
     print(LESSON.format(percent(base, 'to complete', 'right')))
-    print(f'demo: never asked {percent(tuned, "never asked"):.1f} % '
-          f'(base {percent(base, "never asked"):.1f} %), '
-          f'held-out wording {percent(tuned, "held-out wording"):.1f} %, '
-          f'trained in {seconds:.0f} s')
+    known = percent(tuned, 'never asked')
+    before = percent(base, 'never asked')
+    reworded = percent(tuned, 'held-out wording')
+    print(f'demo: never asked {known:.1f} % (base {before:.1f} %), '
+          f'held-out wording {reworded:.1f} %, trained in {seconds:.0f} s')
 
 
 if __name__ == '__main__':

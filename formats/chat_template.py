@@ -2,9 +2,9 @@
 
     python export.py --init_from=out/oasst --out=my-model
 
-Together, chat_template.jinja and tokenizer.json give the ids of core/conversation.py, which
-encodes each piece of a conversation by itself and takes no tag from a message. Two characters
-that Unicode sets aside make it possible: the one writes them, the other takes them out again.
+With chat_template.jinja, tokenizer.json gives the ids of core/conversation.py, which encodes
+each piece by itself and takes no tag from a message. Two characters that Unicode sets aside
+make it possible: the template writes them, the tokenizer takes them out.
 Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 """
 import json
@@ -19,12 +19,12 @@ from core.tokenizer import to_unicode
 
 # Inside a tag that somebody typed, so that it is not one.
 BREAK = '\ufdd0'
-# Between two pieces that would have other ids if they were encoded together.
+# Between two pieces that would be encoded as one.
 JOINT = '\ufdd1'
 
 ENVIRONMENT = jinja2.Environment(
     '<%', '%>', '<<', '>>', '<#', '#>', trim_blocks=True, lstrip_blocks=True,
-    loader=jinja2.FileSystemLoader(os.path.dirname(__file__)), undefined=jinja2.StrictUndefined)
+    loader=jinja2.FileSystemLoader(os.path.dirname(__file__)))
 
 
 def literal(text):
@@ -49,28 +49,24 @@ def refuse(why):
 
 
 def chat_template(name, tokenizer):
-    """The chat template of transformers for one of TEMPLATES.
-
-    The form comes from the Template itself, which is asked for turns whose text is JOINT.
-    """
-    template = TEMPLATES[name]
-    user = [piece for piece, _, _ in template.turn(Turn('user', JOINT))]
-    assistant = list(template.turn(Turn('assistant', JOINT)))
+    """The chat template of one of TEMPLATES, which writes turns whose text is JOINT."""
+    form = TEMPLATES[name]
+    user = [piece for piece, _, _ in form.turn(Turn('user', JOINT))]
+    assistant = list(form.turn(Turn('assistant', JOINT)))
     before_answer = [piece for piece, _, supervised in assistant if not supervised]
     answer = [piece for piece, _, supervised in assistant if supervised]
-    # Two texts side by side would be encoded as one, and could fuse to other tokens.
-    fuses = '{text}' in template.user[-1] and not before_answer
+    # Two texts side by side could fuse to other tokens.
+    fuses = '{text}' in form.user[-1] and not before_answer
     tags = [(literal(tag), literal(tag[0] + BREAK + tag[1:])) for tag in tokenizer.special]
     text = ENVIRONMENT.get_template('chat_template.jinja').render(
-        name=name, opening=template.opening, closing=template.closing, user=user,
-        before_answer=before_answer, answer=answer, fuses=fuses, tags=tags,
-        headings=template.headings, write=write, refuse=refuse, expression=expression,
-        literal=literal, BREAK=literal(BREAK), JOINT=literal(JOINT))
-    return '\n'.join(line for line in text.split('\n') if line)
+        name=name, form=form, user=user, before_answer=before_answer, answer=answer,
+        fuses=fuses, tags=tags, BREAK=literal(BREAK), JOINT=literal(JOINT),
+        write=write, refuse=refuse, expression=expression, literal=literal)
+    return '\n'.join(filter(None, text.split('\n')))
 
 
 def merges(tokens):
-    """The pair of tokens that merges into each token after the 256 bytes, in order."""
+    """The pairs of tokens that merge into those after the 256 bytes, in order."""
     ranks = {token: i for i, token in enumerate(tokens)}
     found = []
     for rank, token in enumerate(tokens[256:], 256):
@@ -85,7 +81,7 @@ def merges(tokens):
 
 
 def tokenizer_json(tokenizer):
-    """tokenizer.json as a dict: GPT-2's, but it drops BREAK and splits at JOINT."""
+    """tokenizer.json as a dict. It drops BREAK and splits at JOINT."""
     text = [to_unicode(token) for token in tokenizer.tokens]
     vocab = dict(zip(text, tokenizer.text_ids)) | tokenizer.special
     pairs = [(to_unicode(a), to_unicode(b)) for a, b in merges(tokenizer.tokens)]
@@ -95,7 +91,7 @@ def tokenizer_json(tokenizer):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    # Not normalized: they are looked for while BREAK still stands in the text.
+    # Looked for before normalizing, while BREAK still stands in the text.
     for piece in tokenizer.special:
         bpe.add_special_tokens([tokenizers.AddedToken(piece, normalized=False)])
     return json.loads(bpe.to_str())

@@ -1,11 +1,11 @@
-"""Convert models and data of other kinds: another vocabulary, weights in parts, nanoGPT's files.
+"""Convert models and data: another vocabulary, weights in parts, nanoGPT's files.
 
     python formats/convert.py --input=dbmdz/german-gpt2 --out_dir=out/german
     python formats/convert.py --input=../nanoGPT/out/ckpt.pt --out_dir=out/nanogpt
-    python formats/convert.py --input=../nanoGPT/data/shakespeare --out_dir=data/shakespeare
+    python formats/convert.py --input=../nanoGPT/data/tiny --out_dir=data/tiny
 
-A model becomes a checkpoint for --init_from=FOLDER. With the vocabulary.json beside it, data
-can be prepared for it: --tokenizer=FOLDER. Of nanoGPT's data, each window becomes a text.
+A model becomes a checkpoint for --init_from=FOLDER. Data is prepared for it by
+--tokenizer=FOLDER. Each window of nanoGPT's data becomes a text.
 Source: https://github.com/karpathy/nanoGPT/blob/master/model.py
 """
 import json

@@ -23,22 +23,20 @@ def to_transformers(model):
     c = model.config
     config = {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
     config |= {
-        'model_type': 'gpt2',
-        'architectures': ['GPT2LMHeadModel'],
-        'n_positions': c.block_size,
-        'n_ctx': c.block_size,
+        'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
+        'n_positions': c.block_size, 'n_ctx': c.block_size,
         'activation_function': 'gelu_new' if c.gelu == 'tanh' else 'gelu',
         'layer_norm_epsilon': 1e-5,
     }
     weights = {}
     for name, tensor in model.state_dict().items():
+        # Without the padding.
         if name == 'transformer.wte.weight':
-            # Without the padding.
             tensor = tensor[:c.vocab_size]
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
         weights[name] = tensor.contiguous()
-        # transformers has no GPT-2 without biases, but biases of zero compute the same.
+        # transformers wants biases; of zero, they change nothing.
         if not c.bias and not name.endswith(('wte.weight', 'wpe.weight')):
             bias = name.removesuffix('weight') + 'bias'
             weights[bias] = torch.zeros(tensor.shape[-1])
@@ -49,8 +47,7 @@ def contents(opened, dtype):
     """({file name: text}, {name: tensor}) of a tuned model. dtype: a name."""
     tokenizer = opened.tokenizer
     c = opened.model.config
-    # llama.cpp and others know one token that ends an answer. If it were <|endoftext|>, they
-    # would write on after </assistant>; at <|endoftext|> they stop anyway.
+    # llama.cpp knows one token that ends an answer, and stops at <|endoftext|> anyway.
     eos = TEMPLATES[opened.template].assistant[-1]
     ids = {'bos_token_id': tokenizer.end_of_text, 'pad_token_id': tokenizer.end_of_text}
     config, weights = to_transformers(opened.model)
@@ -64,14 +61,12 @@ def contents(opened, dtype):
         'max_new_tokens': min(256, c.block_size // 2),
     }
     settings = {
-        # No token_type_ids: transformers 4 would make them, and GPT-2 add them to its input.
+        # Without token_type_ids, which GPT-2 would add to its input.
         'model_input_names': ['input_ids', 'attention_mask'],
-        # The class that takes tokenizer.json as it is. GPT2Tokenizer would change it.
+        # GPT2Tokenizer would change tokenizer.json.
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'model_max_length': c.block_size,
-        'bos_token': END_OF_TEXT,
-        'eos_token': eos,
-        'pad_token': END_OF_TEXT,
+        'bos_token': END_OF_TEXT, 'eos_token': eos, 'pad_token': END_OF_TEXT,
         'clean_up_tokenization_spaces': False,
     }
     texts = {
@@ -91,7 +86,6 @@ def as_json(value):
 
 
 def write(folder, texts, weights):
-    """Write the files into a new folder."""
     os.makedirs(folder)
     path = os.path.join(folder, 'model.safetensors')
     safetensors.torch.save_file(weights, path, {'format': 'pt'})

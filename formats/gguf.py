@@ -1,4 +1,4 @@
-"""model.gguf for llama.cpp, whose own converter wants GPT-2's vocabulary.
+"""model.gguf for llama.cpp, for any vocabulary.
 
     python export.py --init_from=out/oasst --out=my-model --gguf=True
 """
@@ -9,16 +9,15 @@ from core.pretrained import TRANSPOSED
 
 
 def write(path, opened, texts, weights):
-    """Write an export, {file name: text} and {name: tensor}, as a GGUF file."""
+    """Write an export, {file: text} and {name: tensor}, as GGUF."""
     try:
         import gguf  # the package, not this file
     except ImportError:
-        raise UserError('--gguf=True needs the package gguf: '
-                        'pip install -r requirements-export.txt') from None
+        raise UserError('--gguf needs: pip install -r requirements-export.txt') from None
     shape = opened.model.config
     if shape.gelu != 'tanh':
-        raise UserError(f'{opened.description} computes the exact GELU, as nanoGPT does, and '
-                        "llama.cpp's GPT-2 does not. Leave out --gguf=True: transformers can.")
+        raise UserError(f'{opened.description} computes the exact GELU, which llama.cpp '
+                        'does not. Leave out --gguf: transformers can.')
     config = json.loads(texts['config.json'])
     kind = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}[config['dtype']]
     file_type = 'ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}'
@@ -31,7 +30,7 @@ def write(path, opened, texts, weights):
     writer.add_layer_norm_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType[file_type])
 
-    # The tokens, how they merge, which are special, and the chat template.
+    # The vocabulary and the chat template.
     tokenizer = opened.tokenizer
     model = json.loads(texts['tokenizer.json'])['model']
     types = [gguf.TokenType.NORMAL] * tokenizer.vocab_size
@@ -54,10 +53,11 @@ def write(path, opened, texts, weights):
             tensor = tensor.t()
         values = tensor.float().contiguous().numpy()
         # llama.cpp wants whatever it adds in float32.
-        adds = tensor.ndim == 1 or 'wpe' in name
-        type_ = gguf.GGMLQuantizationType['F32' if adds else kind]
+        is_added = tensor.ndim == 1 or 'wpe' in name
+        type_ = gguf.GGMLQuantizationType['F32' if is_added else kind]
         name = names.get_name(name, ('.weight', '.bias'))
-        writer.add_tensor(name, gguf.quantize(values, type_), raw_dtype=type_)
+        values = gguf.quantize(values, type_)
+        writer.add_tensor(name, values, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,34 +1,32 @@
-"""HTML pages from the templates beside this file: dataset.html and evaluation.html.
+"""The forms beside this file, filled in: pages in HTML, and a model card in Markdown.
 
-A page loads nothing from elsewhere. Every value put into a template is escaped.
+A page loads nothing from elsewhere, and every value in it is escaped.
 """
 import os
+import re
 
 import jinja2  # comes with torch
-
-FOLDER = os.path.dirname(os.path.abspath(__file__))
-
-
-def number(value):
-    """1234567 as 1,234,567."""
-    return f'{value:,}'
 
 
 def share(part, whole):
     """The part as a percentage of the whole."""
-    if not whole:
-        return '–'
-    return f'{part / whole:.1%}'
+    return f'{part / whole:.1%}' if whole else '–'
+
+
+def markdown(value):
+    """The value as Markdown that shows it as it is."""
+    return re.sub(r'([\\`*_\[\]<>&|~$#])', r'\\\1', str(value))
 
 
 ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True)
-ENVIRONMENT.filters |= {'number': number, 'share': share}
+    loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+    autoescape=jinja2.select_autoescape(),  # by the name: of .html only
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+ENVIRONMENT.filters |= {'number': '{:,}'.format, 'share': share, 'markdown': markdown}
 
 
-def render(template, **values):
-    """The page that the template makes of the values, as bytes."""
-    text = ENVIRONMENT.get_template(template).render(values)
+def render(template, /, **values):
+    """The text that the template makes of the values."""
+    text = ENVIRONMENT.get_template(template).render(values) + '\n'
     # The name of a file need not be valid Unicode.
-    return text.encode('utf-8', 'xmlcharrefreplace')
+    return text.encode('utf-8', 'xmlcharrefreplace').decode()

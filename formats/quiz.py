@@ -2,13 +2,12 @@
 
     python evaluate.py --models=out/oasst --quiz=questions.jsonl
 
-The file has one question a line, as JSON. All but `question` is optional; `before` holds
-earlier questions and their answers:
+A question a line, as JSON. All but `question` is optional; `before` holds earlier turns:
 
     {"question": "And of Japan?", "before": ["What is the capital of France?", "Paris."],
      "answer": "It is Tokyo.", "wanted": "Tokyo", "group": "follow-up"}
 
-An answer is right if `wanted` stands in its first sentence, and exact if it equals `answer`.
+An answer is right if `wanted` stands in its first sentence, exact if it equals `answer`.
 """
 import json
 import re
@@ -39,14 +38,12 @@ def read(path):
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        # Line by line, so that an error can say which.
         with reading(f'{path} line {number}', EXPECTED):
             fields = json.loads(line)
             texts = fields.get('before', []) + [fields['question']]
             rest = [fields.get(key, '') for key in ('answer', 'wanted', 'group')]
             if not all(isinstance(text, str) for text in texts + rest):
                 raise ValueError('a field is not a text')
-            # The texts are the user's and the assistant's in turn.
             turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
             questions.append(Question(turns, *rest))
     if not questions:
@@ -55,16 +52,16 @@ def read(path):
 
 
 def from_split(split, tokenizer, template, n):
-    """The first n different prompts of a Split: conversations up to the last answer."""
+    """The first n different prompts of a Split: all but the last answer."""
     found = {}
     for i in range(len(split)):
         if len(found) == n:
             break
-        with reading(f'conversation {i} of split {split.name!r}', 'Prepare the folder again.'):
+        with reading(f'conversation {i} of {split.name}', 'Prepare the folder again.'):
             turns = decode(*split[i], tokenizer, template)
         while turns and turns[-1].role == 'user':
             turns.pop()
-        # Threads of one tree may differ in what is learned alone.
+        # Threads of one tree may differ only in what is learned.
         prompt = tuple((turn.text, turn.context) for turn in turns[:-1])
         if prompt:
             found.setdefault(prompt, Question(turns[:-1], turns[-1].text))
@@ -73,13 +70,14 @@ def from_split(split, tokenizer, template, n):
 
 def words(text):
     """The words of the text in small letters, each between spaces."""
-    return ' ' + ' '.join(re.findall(r'\w+', text.casefold())) + ' '
+    found = re.findall(r'\w+', text.casefold())
+    return f' {" ".join(found)} '
 
 
 def is_right(text, wanted):
-    """Whether the name that is wanted stands in the first sentence of the text."""
+    """Whether the name stands in the first sentence of the text."""
     line = text.strip().split('\n')[0]
-    # A sign ends a sentence before a capital letter, but not in "St. John's" and "D.C."
+    # Before a capital letter, but not in "St. John's" and "D.C."
     ends = r'(?<!\bSt\.)(?<![.\s]\w\.)(?<=[.!?])\s+(?=["\'“(]?[A-ZÀ-Þ])'
     sentence = re.split(ends, line)[0]
     return words(wanted) in words(sentence)
@@ -87,14 +85,15 @@ def is_right(text, wanted):
 
 def grade(question, answer):
     """What the report says about an answer, as a dict."""
-    grams = list(zip(answer.ids, answer.ids[1:], answer.ids[2:], answer.ids[3:]))
+    ids = answer.ids
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:]))
     found = {
         'prompt': [f'{turn.text}\n\n{turn.context}'.strip() for turn in question.turns],
         'group': question.group,
         'expected': question.answer or question.wanted,
         'answer': answer.text,
         'stops by itself': answer.stopped,
-        'mean length in tokens': len(answer.ids),
+        'mean length in tokens': len(ids),
         # The share of the 4-grams that came before.
         'repeated 4-grams': (len(grams) - len(set(grams))) / max(1, len(grams)),
     }
@@ -106,14 +105,15 @@ def grade(question, answer):
 
 
 def scores(graded):
-    """{name: mean} of what `grade` found; the group `all` is all questions together."""
+    """{name: mean} of what `grade` found. The group `all` is everything."""
     found = {}
     for key in ('stops by itself', 'mean length in tokens', 'repeated 4-grams'):
         found[key] = float(np.mean([one[key] for one in graded]))
-    # In the order in which the groups come in the file.
-    for group in dict.fromkeys(['all'] + [one['group'] for one in graded]):
+    groups = {'all': graded}
+    for one in graded:
+        groups.setdefault(one['group'], []).append(one)
+    for group, members in groups.items():
         for key in ('right', 'exact'):
-            members = [one for one in graded if group in ('all', one['group'])]
             marks = [one[key] for one in members if key in one]
             if group and marks:
                 found[f'{key}, {group} ({len(marks)})'] = float(np.mean(marks))

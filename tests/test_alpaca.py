@@ -123,7 +123,7 @@ def test_splits_by_position(run, folder, flags, ends, order):
 
 @pytest.mark.parametrize('content, flags, said', [
     (ROWS, {'source': 'dolly'}, "'dolly', expected one of alpaca, alpaca-cleaned, instruction"),
-    (ROWS, {'split': '85/10'}, 'as in 85/10/5'),
+    (ROWS, {'split': '85/10'}, 'expected one of 85/10/5'),
     (ROWS, {'train_rows': 95}, 'more than the 100 rows'),
     (ROWS, {'input': 'no.json'}, 'no.json not found'), ([], {}, 'no conversation can be used'),
     ('[{"output": "x"', {}, 'cannot be read'), ('{"prompt": "f"}', {}, 'Expected JSON .* of rows'),

@@ -1,4 +1,4 @@
-"""The answer to a request: text that grows token by token, sent as it comes or in one piece."""
+"""The answer to a request: text that grows, sent as it comes or in one piece."""
 import asyncio
 import json
 import random
@@ -12,7 +12,7 @@ from web.batching import Request
 
 
 class Answer:
-    """The answer to a ChatBody or a CompletionBody, while the worker writes it."""
+    """The answer to a ChatBody or CompletionBody, while it is written."""
 
     def __init__(self, body, ids, served, config):
         tokenizer = served.opened.tokenizer
@@ -31,19 +31,15 @@ class Answer:
         def deliver(ids, finish):
             loop.call_soon_threadsafe(self.events.put_nowait, (ids, finish))
 
+        seed = random.getrandbits(62) if body.seed is None else body.seed
         self.request = Request(
-            prompt=ids,
-            max_new_tokens=body.longest(config),
-            deliver=deliver,
-            sampling=body.sampling(config),
+            ids, body.longest(config), deliver, body.sampling(config), seed=seed,
             frequency_penalty=body.frequency_penalty or 0.0,
             presence_penalty=body.presence_penalty or 0.0,
-            seed=random.getrandbits(62) if body.seed is None else body.seed,
-            stops=conversation.stop_ids(tokenizer, served.template),
-        )
+            stops=conversation.stop_ids(tokenizer, served.template))
 
     async def pieces(self):
-        """Yield what each token adds, up to a stop string. The worker stops if nobody reads."""
+        """Yield what each token adds, up to a stop string. Without a reader, stop."""
         stops = self.body.stop or []
         longest = max(len(stop) for stop in ['.', *stops])
         held = ''  # not yielded yet
@@ -51,8 +47,7 @@ class Answer:
             while not self.finish:
                 ids, self.finish = await self.events.get()
                 if self.finish == 'error':
-                    raise ApiError(503, 'the server is stopping, or its model failed; '
-                                        'the terminal of serve.py says why.')
+                    raise ApiError(503, 'the server is stopping, or its model failed.')
                 held += self.reader.add(ids, final=self.finish is not None)
                 ends = [held.find(stop) for stop in stops if stop in held]
                 if ends:
@@ -71,19 +66,16 @@ class Answer:
     def usage(self):
         n_prompt = len(self.request.prompt)
         n_written = len(self.request.written)
-        return {
-            'prompt_tokens': n_prompt,
-            'completion_tokens': n_written,
-            'total_tokens': n_prompt + n_written,
-            'prompt_tokens_details': {'cached_tokens': self.request.n_remembered},
-        }
+        details = {'cached_tokens': self.request.n_remembered}
+        return {'prompt_tokens': n_prompt, 'completion_tokens': n_written,
+                'total_tokens': n_prompt + n_written, 'prompt_tokens_details': details}
 
     def data(self, text, **more):
         """What is sent, in OpenAI's form."""
         kind = 'text_completion'
         choice = {'index': 0, 'finish_reason': self.finish}
         message = {'content': text}
-        # The role is in the first piece only: clients join what the pieces say.
+        # In the first piece only: clients join what the pieces say.
         if text == self.text:
             message['role'] = 'assistant'
         if not self.chat:
@@ -98,7 +90,7 @@ class Answer:
                 'model': self.served.name, 'choices': [choice], **more}
 
     async def whole(self, http):
-        """The whole answer, or its beginning if the client does not wait for it."""
+        """The answer, or its beginning if the client does not wait."""
         async for _ in self.pieces():
             if await http.is_disconnected():
                 break

@@ -1,6 +1,6 @@
-"""What a request of OpenAI's API may say, and the prompt that it asks for.
+"""What a request of OpenAI's API may say, and its prompt.
 
-A parameter that asks for what is not there is refused, never ignored in silence.
+A parameter that asks for what is not there is refused.
 Source: https://platform.openai.com/docs/api-reference/chat
 """
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ from core.readback import from_messages
 
 
 class ApiError(Exception):
-    """A refusal or a failure, in the form that OpenAI's clients expect."""
+    """A refusal or a failure, in OpenAI's form."""
 
     def __init__(self, status, message, param=None, code=None):
         self.status = status
@@ -22,17 +22,19 @@ class ApiError(Exception):
         self.body = {'error': error}
 
 
-# Parameters that have no effect here, with the values that ask for none.
+# Parameters without effect, and the values that ask for none.
 NEUTRAL = {
-    'n': [1], 'best_of': [1], 'echo': [False], 'suffix': [''], 'logit_bias': [{}],
-    'logprobs': [False, 0], 'top_logprobs': [0], 'typical_p': [1], 'repeat_penalty': [1],
-    'tools': [[]], 'tool_choice': ['none', 'auto'], 'functions': [[]], 'modalities': [['text']],
-    'response_format': [{'type': 'text'}], 'reasoning_effort': ['none'],
+    'n': [1], 'best_of': [1], 'echo': [False], 'suffix': [''],
+    'logprobs': [False, 0], 'top_logprobs': [0], 'logit_bias': [{}],
+    'typical_p': [1], 'repeat_penalty': [1], 'reasoning_effort': ['none'],
+    'tools': [[]], 'tool_choice': ['none', 'auto'], 'functions': [[]],
+    'modalities': [['text']], 'response_format': [{'type': 'text'}],
 }
-# Parameters that change no answer, whatever their value.
+# Parameters that change no answer.
 IGNORED = {
-    'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'prompt_cache_key',
-    'parallel_tool_calls', 'cache_prompt', 'keep_alive', 'chat_id', 'session_id', 'id',
+    'user', 'metadata', 'store', 'service_tier', 'safety_identifier', 'id',
+    'prompt_cache_key', 'parallel_tool_calls', 'cache_prompt', 'keep_alive',
+    'chat_id', 'session_id',
 }
 Text = Annotated[str, Field(min_length=1)]
 # A single text counts as a list of one.
@@ -40,12 +42,12 @@ OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else
 
 
 class Body(BaseModel, extra='forbid', strict=True):
-    """What both kinds of request may say; null counts as absent."""
+    """What both kinds of request may say. null counts as absent."""
     model: str | None = None
     stream: bool | None = None
     stream_options: dict | None = None
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)  # the newer name
+    max_completion_tokens: int | None = Field(None, ge=1)  # newer
     seed: int | None = Field(None, ge=-2 ** 63, lt=2 ** 63)
     stop: Annotated[list[Text] | None, OneOrMore] = Field(None, max_length=4)
     # the fields of core.generate.Sampling
@@ -66,14 +68,16 @@ class Body(BaseModel, extra='forbid', strict=True):
             return values  # refused below
         kept = {}
         for name, value in values.items():
-            if name not in IGNORED and value not in [None, *NEUTRAL.get(name, [])]:
+            neutral = [None, *NEUTRAL.get(name, [])]
+            if name not in IGNORED and value not in neutral:
                 kept[name] = value
         return kept
 
     def sampling(self, config):
-        """How to choose tokens: as the request says, and otherwise as the server does."""
+        """How to choose tokens: as the request says, else the server."""
+        names = set(Sampling._fields)
         chosen = {'temperature': config.temperature, 'top_k': config.top_k}
-        chosen |= self.model_dump(include=set(Sampling._fields), exclude_none=True)
+        chosen |= self.model_dump(include=names, exclude_none=True)
         return Sampling(**chosen)
 
     def longest(self, config):
@@ -88,7 +92,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """A message of a conversation. Any other fields are ignored."""
+    """A message. Its other fields are ignored."""
     role: Literal['system', 'developer', 'user', 'assistant']
     content: str | list[Part] | None = None
 
@@ -100,14 +104,15 @@ class Message(BaseModel):
 
 
 class ChatBody(Body):
-    """POST /v1/chat/completions. truncation: 'auto' leaves out old turns that do not fit."""
+    """POST /v1/chat/completions. truncation='auto' leaves out old turns."""
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     truncation: Literal['auto', 'disabled'] | None = None
 
     def ids(self, served, n_new):
-        """The ids of the prompt; ValueError for a conversation that cannot be."""
+        """The prompt; ValueError for a conversation that cannot be."""
         tokenizer = served.opened.tokenizer
-        turns = from_messages([message.as_dict() for message in self.messages])
+        messages = [message.as_dict() for message in self.messages]
+        turns = from_messages(messages)
         if turns[-1].role != 'user':
             raise ValueError("the last message is the assistant's, expected the user's")
         if self.truncation == 'auto':
@@ -125,19 +130,16 @@ class CompletionBody(Body):
 
 
 def understand(kind, raw, models, config):
-    """Read a request in JSON: (ChatBody or CompletionBody, the Served that is asked, its ids).
-
-    ApiError for a mistake in it.
-    """
+    """Read a request: (ChatBody or CompletionBody, the Served, ids)."""
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:
-        # A value of several allowed types has an error for each: the longest path is meant.
+        # Each type that a value may have gives an error: the longest path is meant.
         first = max(error.errors(), key=lambda one: len(one['loc']))
-        path = '.'.join(str(part) for part in first['loc'])
+        path = '.'.join(map(str, first['loc']))
         message = f'{path or "the body"}: {first["msg"]}.'
         if first['type'] == 'extra_forbidden':
-            message = f'the parameter {path} is not known, or has no effect here. Leave it out.'
+            message = f'the parameter {path} is not known, or has no effect here.'
         raise ApiError(400, message, path or None) from None
 
     # Without a name, the tuned model is meant.
@@ -152,9 +154,8 @@ def understand(kind, raw, models, config):
         ids = body.ids(served, body.longest(config))
     except ValueError as error:
         raise ApiError(400, f'{error}.') from None
-    n = len(ids)
-    if not 0 < n <= served.window:
-        message = (f'the prompt has {n:,} tokens, the model reads 1 to {served.window:,}. '
-                   'In a chat, truncation="auto" leaves out the oldest turns.')
+    if not 0 < len(ids) <= served.window:
+        message = (f'the prompt has {len(ids):,} tokens, the model reads 1 to '
+                   f'{served.window:,}. In a chat, truncation="auto" makes it fit.')
         raise ApiError(400, message, code='context_length_exceeded')
     return body, served, ids

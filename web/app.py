@@ -18,16 +18,16 @@ from web.api import ApiError, ChatBody, CompletionBody, understand
 
 MAX_BODY = 1_000_000  # bytes of a request
 PAGE = os.path.join(REPOSITORY, 'web', 'chat.html')
-# The page is one file: it may load nothing, and talk to this server alone.
+# The page may load nothing, and talk to this server alone.
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
                "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
                "frame-ancestors 'none'")
 
 
 def make_app(config, models, worker):
-    """The Starlette application that serves the models, a list of Served."""
-    # Names of this machine that a request may use.
-    names = {'localhost', *config.allow_host.lower().replace(',', ' ').split()}
+    """The Starlette application for the models, a list of Served."""
+    allowed = config.allow_host.lower().replace(',', ' ')
+    names = {'localhost', *allowed.split()}
     app = Starlette(
         routes=[
             Route('/', page),
@@ -53,7 +53,7 @@ def refuse(http, error):
 # ---- who may ask ----
 
 def guard(app, names, key):
-    """ASGI middleware that refuses other sites' pages, and whoever lacks the API key."""
+    """ASGI middleware that refuses other sites and a wrong API key."""
     async def guarded(scope, receive, send):
         http = Request(scope)
         try:
@@ -69,28 +69,26 @@ def check(http, names, key):
     """Raise ApiError for a request that is refused."""
     host = http.headers.get('host', '')
     origin = http.headers.get('origin')
-    given = http.headers.get('authorization', '').removeprefix('Bearer ').encode('latin-1')
+    given = http.headers.get('authorization', '').removeprefix('Bearer ')
     if not is_ours(host, names):
-        raise ApiError(403, f'this server does not answer to the name {host!r}. '
-                            'To allow a name, start it with --allow_host=NAME.')
+        raise ApiError(403, f'the name {host!r} is not allowed: see --allow_host.')
     if origin and origin.split('://')[-1] != host:
         raise ApiError(403, f'pages of {origin!r} may not use this server.')
-    needs_key = key and http.url.path.startswith('/v1')
-    if needs_key and not hmac.compare_digest(given, key.encode()):
-        message = 'missing or wrong API key. Expected the value of GPT2_API_KEY.'
+    is_right = hmac.compare_digest(given.encode('latin-1'), key.encode())
+    if key and http.url.path.startswith('/v1') and not is_right:
+        message = 'missing or wrong API key: expected that of GPT2_API_KEY.'
         raise ApiError(401, message, code='invalid_api_key')
 
 
 def is_ours(host, names):
-    """Whether a Host header names this server: by an address, localhost or an allowed name.
+    """Whether a Host header names this server.
 
-    A site can point a name of its own at this machine (DNS rebinding), and then its pages
-    would count as ours.
+    By a name of its own for this machine (DNS rebinding), a site's pages would be ours.
     """
     try:
         name = urlsplit(f'//{host}').hostname or ''
         return name in names or bool(ipaddress.ip_address(name))
-    except ValueError:  # neither a name of ours nor an address
+    except ValueError:
         return False
 
 
@@ -105,13 +103,12 @@ async def answer(kind, http):
         raw += chunk
         if len(raw) > MAX_BODY:
             raise ApiError(413, f'the request has more than {MAX_BODY:,} bytes.')
-    # Others are answered while a long request is parsed and encoded.
+    # In a thread: others are answered while a long request is read.
     body, model, ids = await run_in_threadpool(
         understand, kind, bytes(raw), state.models, state.config)
     written = Answer(body, ids, model, state.config)
     if not state.worker.submit(model.batch, written.request):
-        raise ApiError(429, 'all places are taken, and as many requests wait as may. '
-                       'Try again in a moment.', code='queue_full')
+        raise ApiError(429, 'too many requests are waiting. Try again.', code='queue_full')
     if not body.stream:
         return JSONResponse(await written.whole(http))
     headers = {'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'}

@@ -2,9 +2,8 @@
 
     python serve.py --init_from=out/oasst
 
-A decoding step reads every weight once, whether it is for one answer or for eight. So the last
-tokens of all answers go through the model together. An answer that ends frees its place for the
-next one, which joins the others after its prompt has been read.
+A step reads every weight once, whether for one answer or for eight. So the last tokens of
+all answers go through the model together, and new answers join as others end.
 Source: Yu et al. 2022 (Orca), iteration-level scheduling.
 """
 import threading
@@ -24,22 +23,21 @@ from web.slots import Slots
 class Request:
     """An answer to write.
 
-    The worker's thread calls deliver([id], None) for each new token, and at the end
-    deliver([], finish), where finish is 'stop', 'length', or 'error' if the model failed or the
-    server stops. The token that stops an answer is not delivered.
+    The worker's thread calls deliver([id], None) for each token, but not the one that stops
+    the answer, and at the end deliver([], 'stop'), 'length' or 'error'.
     """
-    prompt: list                       # ids
+    prompt: list  # ids
     max_new_tokens: int
     deliver: Callable
     sampling: Sampling
-    frequency_penalty: float = 0.0     # subtracted for each time a token was written
-    presence_penalty: float = 0.0      # subtracted once if it was written
+    frequency_penalty: float = 0.0  # for each time a token was written
+    presence_penalty: float = 0.0  # once, if it was written
     seed: int = 0
-    stops: set = frozenset()           # ids that end the answer
-    ended: bool = False                # or the client has gone
+    stops: set = frozenset()  # ids that end the answer
+    ended: bool = False  # or the client has gone
     written: list = field(default_factory=list)  # ids of the answer so far
-    n_remembered: int = 0              # tokens of the prompt that did not have to be read
-    generator: torch.Generator = None  # what one answer draws does not depend on the others
+    n_remembered: int = 0  # tokens of the prompt that were not read again
+    generator: torch.Generator = None  # its own: others change nothing
 
     def end(self, finish):
         if not self.ended:
@@ -48,14 +46,14 @@ class Request:
 
 
 class Batch:
-    """The answers that one model writes, `size` at a time, and up to `queue` that wait."""
+    """The answers of one model: `size` are written, up to `queue` wait."""
 
     def __init__(self, model, size=8, queue=64, remember=4):
         self.model = model
         self.size = size
         self.queue = queue
         self.waiting = deque()
-        # The last few texts as (ids, keys, values): a chat's next prompt begins with one.
+        # (ids, keys, values): a chat's next prompt begins with such a text.
         self.memory = deque(maxlen=remember)
         self.reset()
 
@@ -70,20 +68,19 @@ class Batch:
         return len(self.writing)
 
     def round(self):
-        """Read the prompts for which there is a place, then write one token of every answer."""
+        """Read the prompts for which there is a place; write a token of every answer."""
         while self.waiting and self.busy < self.size:
             request = self.waiting.popleft()
             if not request.ended:
                 self.writing.append(request)
                 self.read(request)
-        # Free the places of answers that have ended, and of clients that have gone. Backwards,
-        # because the last answer moves into the row of one that leaves.
+        # Backwards, because the last answer moves into the row of one that leaves.
         for row in reversed(range(self.busy)):
             if self.writing[row].ended:
                 self.leave(row)
         if not self.writing:
             return
-        # One step of the model for all answers, each of which then chooses its own token.
+        # One step for all answers, each of which then chooses its token.
         self.slots.make_room(self.busy, max(self.slots.lengths) + 1)
         last = [[request.written[-1]] for request in self.writing]
         logits = self.slots.step(self.model, last)
@@ -91,11 +88,11 @@ class Batch:
             self.write(request, logits[row], self.slots.lengths[row])
 
     def read(self, request):
-        """Read a prompt, as far as it is not remembered, and write the first token after it."""
+        """Read what is not remembered of a prompt, and write the first token."""
         prompt = request.prompt
         cache = KVCache(self.model, 1, len(prompt))
         for ids, keys, values in self.memory:
-            # The last token is always read: its logits give the first token of the answer.
+            # The last token is always read: its logits give the answer's first.
             n = len(commonprefix([ids, prompt[:-1]]))
             if n > cache.lengths[0]:
                 cache.lengths = [n]
@@ -112,7 +109,7 @@ class Batch:
         text = request.prompt + request.written
         logits = logits.float()
         if request.frequency_penalty or request.presence_penalty:
-            # As OpenAI defines them: by how often each token was written.
+            # By how often each token was written, as OpenAI has it.
             written = torch.tensor(request.written, dtype=torch.int64)
             counts = written.bincount(minlength=len(logits)).to(logits.device)
             logits = logits - request.frequency_penalty * counts
@@ -131,7 +128,7 @@ class Batch:
             request.end('length')
 
     def leave(self, row):
-        """Free an answer's row and remember its text. The last answer moves into the row."""
+        """Free an answer's row, for the last answer, and remember its text."""
         request = self.writing[row]
         # The last token has been chosen, but not read.
         n = self.slots.lengths[row]
@@ -145,7 +142,7 @@ class Batch:
 
 
 class Worker:
-    """Does the rounds of all batches in turn: two models at once would fight for the cores."""
+    """Does the rounds of all batches in turn, so that none fight for the cores."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -178,7 +175,7 @@ class Worker:
                 try:
                     batch.round()
                 except Exception:
-                    # Most likely out of memory. Who waits is told, and the server goes on.
+                    # Most likely out of memory. The server goes on.
                     traceback.print_exc()
                     for request in batch.writing:
                         request.end('error')

@@ -10,8 +10,8 @@ GROWTH = 256  # positions by which the store grows
 class Slots(KVCache):
     """A KVCache that texts join and leave.
 
-    They stand in the first rows of a store (2, n_layer, rows, n_head, positions, size of a head)
-    of keys and values, which has room for more and grows as needed.
+    They are the first rows of a store of keys and values that grows as needed:
+    (2, n_layer, rows, n_head, positions, size of a head).
     """
 
     def __init__(self, model):
@@ -19,13 +19,14 @@ class Slots(KVCache):
         self.store = torch.stack([self.k, self.v])
 
     def make_room(self, rows, positions):
-        """Use so many rows of the store, and grow it if it has less rows or positions."""
+        """Use so many rows of the store, grown if it has less room."""
         more_rows = max(0, rows - self.store.shape[2])
         missing = max(0, positions - self.store.shape[4])
         more_positions = -(-missing // GROWTH) * GROWTH
         if more_rows or more_positions:
-            # Zeros, because attention multiplies masked positions by 0: they must not be NaN.
-            self.store = F.pad(self.store, (0, 0, 0, more_positions, 0, 0, 0, more_rows))
+            # Zeros: attention multiplies masked positions by 0, and NaN would stay.
+            more = (0, 0, 0, more_positions, 0, 0, 0, more_rows)
+            self.store = F.pad(self.store, more)
         self.k, self.v = self.store[:, :, :rows]
 
     def join(self, cache):

@@ -1,4 +1,4 @@
-"""OpenAssistant's flat messages, as the `datasets` library has them -> trees for prepare.py.
+"""OpenAssistant's flat messages, as `datasets` has them -> trees for prepare.py.
 
     python data/oasst/nest.py --input=messages.jsonl > trees.jsonl
     python data/oasst/prepare.py --input=trees.jsonl
@@ -20,7 +20,7 @@ from data import common
 
 @dataclass(frozen=True)
 class Config:
-    input: str = 'messages.jsonl'  # one message a line, or a JSON array; may be gzipped
+    input: str = 'messages.jsonl'  # a message a line; may be gzipped
 
 
 def clean(message):
