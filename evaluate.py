@@ -1,10 +1,10 @@
 """Measure models side by side: loss on a data set, answers to its prompts, a quiz.
 
     python evaluate.py --models=gpt2-medium,out/oasst --dataset=oasst
-    python evaluate.py --models=out/oasst --quiz=questions.jsonl    # see formats/quiz.py
+    python evaluate.py --models=out/oasst --quiz=questions.jsonl
 
-Each model is asked in its own template. One that was never tuned has none: it is asked in
-that of the data set, or in `question` if that has tags.
+The form of a quiz is in formats/quiz.py. A model is asked in its own template, an untuned
+one in that of the data set, or in `question` if that has tags.
 """
 import json
 import math
@@ -19,7 +19,7 @@ from configurator import Count, Natural
 @dataclass(frozen=True)
 class Config:
     models: str = 'resume'  # folders, hub names or resume, with commas
-    which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
+    which: Literal['best', 'last'] = 'best'  # checkpoint
     # what to measure
     dataset: str = ''  # in data_dir: the loss, and answers to its prompts
     data_dir: str = 'data'  # looked for here, then beside evaluate.py

@@ -1,10 +1,7 @@
 """Export a model as a folder for transformers, TRL, lm-eval and llama.cpp.
 
     python export.py --init_from=out/oasst --out=my-model
-    python export.py --init_from=out/oasst --out=my-model --gguf=True --overwrite=True
-
-The folder holds the weights, the vocabulary, a chat template, the ids that end an answer,
-and a model card.
+    python export.py --init_from=out/oasst --out=my-model --gguf=True
 """
 import os
 import shutil
@@ -19,7 +16,7 @@ from configurator import UserError
 class Config:
     init_from: str = 'resume'  # the last run under out_dir, or a folder
     out_dir: str = 'out'  # where runs are
-    which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
+    which: Literal['best', 'last'] = 'best'  # checkpoint
     out: str = ''  # the folder to write: whole, or not at all
     overwrite: bool = False  # replace an export
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights
@@ -46,12 +43,12 @@ FILES = {'config.json', 'generation_config.json', 'model.safetensors', 'tokenize
 
 def export(config, opened, new):
     """Write an Opened model into the folder new, onto the disk."""
-    texts, weights = folder.contents(opened, config.dtype)
+    files, weights = folder.contents(opened, config.dtype)
     title = os.path.basename(os.path.abspath(config.out))
-    texts['README.md'] = card.card(title, opened, config.dtype, config.report)
-    folder.write(new, texts, weights)
+    files['README.md'] = card.card(title, opened, config.dtype, config.report)
+    folder.write(new, files, weights)
     if config.gguf:
-        gguf.write(os.path.join(new, 'model.gguf'), opened, texts, weights)
+        gguf.write(os.path.join(new, 'model.gguf'), opened, files, weights)
     for name in os.listdir(new):
         with open(os.path.join(new, name), 'rb') as file:
             flush(file)
@@ -65,13 +62,14 @@ def main(argv):
     opened = checkpoint.open_model(config.init_from, config.out_dir, config.which)
     if not opened.template:
         raise UserError(f'{opened.description} was never tuned here: it has no template. '
-                        'Tune it first: python train.py config/finetune_oasst.py')
+                        'Tune it: see config/.')
     try:
         found = set(os.listdir(out)) if os.path.lexists(out) else set()
         others = found - FILES
         if others or found and not config.overwrite:
-            raise UserError(f'{out} holds {", ".join(others or found)}. Only an export is '
-                            'replaced, with --overwrite=True. Use --out=FOLDER')
+            names = ', '.join(others or found)
+            raise UserError(f'{out} holds {names}. Only an export is replaced, with '
+                            '--overwrite=True. Use another --out=FOLDER.')
         # A process that was killed may have left one.
         shutil.rmtree(new, ignore_errors=True)
         export(config, opened, new)
@@ -86,7 +84,7 @@ def main(argv):
         raise UserError(message) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    print(f'wrote {out}: {opened.description}, {config.dtype}, template {opened.template}. '
+    print(f'wrote {out}: {opened.description}, template {opened.template}. '
           f'Talk to it: python sample.py --init_from={out} --chat')
 
 

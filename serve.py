@@ -1,12 +1,12 @@
 """Chat with a model in the browser, or through OpenAI's API.
 
     pip install -r requirements-serve.txt
-    python serve.py --init_from=out/oasst                         # open http://127.0.0.1:8000/
-    python serve.py --init_from=out/oasst --compare=gpt2-medium   # with the untuned model beside it
+    python serve.py --init_from=out/oasst   # open http://127.0.0.1:8000/
+    python serve.py --init_from=out/oasst --compare=gpt2-medium
 
-Serves what sample.py opens: POST /v1/chat/completions and /v1/completions, streamed or
-whole, GET /v1/models and /health. What is sent is ordinary text: nobody can forge a turn.
-The environment variable GPT2_API_KEY sets a key that clients must send.
+Serves POST /v1/chat/completions and /v1/completions, streamed or whole, /v1/models and
+/health. What is sent is ordinary text: nobody can forge a turn. If the environment has
+GPT2_API_KEY, clients must send it.
 """
 import contextlib
 import logging
@@ -38,8 +38,7 @@ from web.batching import Batch, Worker
 
 CLOSING_S = 3  # how long answers may go on after Ctrl-C
 # What the page offers to ask, if the model's own data is gone.
-EXAMPLES = ["What's the capital of France?", 'Why is the sky blue?',
-            'Write a haiku about the sea.']
+EXAMPLES = ["What's the capital of France?", 'Why is the sky blue?', 'Write a haiku.']
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Config:
     # the models
     init_from: str = 'resume'  # the run saved last, a folder, or a hub name
     out_dir: str = 'out'  # where runs are
-    which: Literal['best', 'last'] = 'best'  # checkpoint; best has the lowest val_loss
+    which: Literal['best', 'last'] = 'best'  # checkpoint
     compare: str = ''  # a second model, to show beside the first
     template: Literal['', *TEMPLATES] = ''  # '' is the model's own, or question
     # what a request gets unless it asks for something else
@@ -68,13 +67,12 @@ class Config:
 
 
 class Served(NamedTuple):
-    """A model that can be asked by its name."""
-    name: str
+    name: str  # what clients call it
     opened: checkpoint.Opened
     template: str
-    window: int   # positions
+    window: int  # positions
     batch: Batch
-    entry: dict   # what /v1/models says about it
+    entry: dict  # for /v1/models
 
 
 def open_served(config, init_from, role, template=''):
@@ -84,7 +82,6 @@ def open_served(config, init_from, role, template=''):
     opened = checkpoint.open_model(init_from, config.out_dir, config.which, tags=tags)
     template = template or opened.template or 'question'
     dtype = prepare(opened.model, device, config.dtype)
-    # What clients call it.
     name = opened.folder if init_from == 'resume' else os.path.normpath(init_from)
     about = f'{opened.description}, on {device} in {dtype}, template {template}'
     print(f'{name}: {about}', flush=True)
@@ -100,7 +97,7 @@ def open_served(config, init_from, role, template=''):
 def examples(opened):
     """Three short questions of the model's validation data, if it is still there."""
     found = []
-    # A file that is gone or has changed is no reason to refuse the model.
+    # That it is gone is no reason to refuse the model.
     with contextlib.suppress(UserError, LookupError, AttributeError):
         config = opened.checkpoint.config
         folder = tokenfile.find_folders(config['dataset'], config['data_dir'])[0]
@@ -149,8 +146,8 @@ def serve(server, worker, listening):
         server.run(sockets=[listening])
         worker.stop()
 
-    # The models compute in this thread, which has loaded them. In another one they would have
-    # a second team of OpenMP threads, and the two would wait for each other.
+    # Compute in this thread, which has loaded the models: another thread has its own
+    # team of OpenMP threads, and two teams would wait for each other.
     threading.Thread(target=answer, daemon=True).start()
     worker.run()
 

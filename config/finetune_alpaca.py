@@ -19,8 +19,7 @@ As published (the InstructAI project) / here
 - Learning rate, batch size and epochs unknown / Stanford's epochs and warm-up,
   and a higher rate: Stanford's 2e-5 was for 7 billion parameters.
 - Rows of over 513 tokens: unknown / cut, 67 of them.
-- No loss was published. Expected loss and time are unknown: no weights could be
-  downloaded here.
+- No loss was published. Ours is not known: no weights could be downloaded.
 """
 out_dir = 'out/alpaca'
 init_from = 'distilgpt2'

@@ -16,8 +16,8 @@ As published (the blog post behind this project) / here
 - Tags as plain text, each on its own line / single tokens, nothing between them.
 - Loss on every token / on the answers. As published: --loss_on=all.
 - Conversations run on into each other / each is isolated, and longer ones cut.
-- No learning rate, batch size or loss was published. Expected loss and time are
-  unknown: no weights could be downloaded here.
+- No learning rate, batch size or loss was published. Ours is not known: no weights
+  could be downloaded.
 """
 out_dir = 'out/oasst'
 init_from = 'gpt2-medium'

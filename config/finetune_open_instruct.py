@@ -17,8 +17,7 @@ As published ("GPT-2 Instruct") / here
   as well: --loss_on=all.
 - Padded / packed: 17 rows hold about the 32 examples of a published step.
 - Greedy answers of 64 tokens with the prompt / of 64 without it.
-- No loss was published. Expected loss and time are unknown: no weights could be
-  downloaded here.
+- No loss was published. Ours is not known: no weights could be downloaded.
 """
 out_dir = 'out/open-instruct'
 init_from = 'microsoft/DialoGPT-medium'

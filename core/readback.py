@@ -11,7 +11,7 @@ ESCAPED_TAG = re.compile(rf'<\\(\\*)({TAG_NAMES})')
 
 
 def decode(ids, mask, tokenizer, template='xml'):
-    """The turns that `encode` made these ids and this mask from; ValueError for other ids."""
+    """The turns that `encode` made these from; ValueError for other ids."""
     ids = [int(i) for i in ids]
     mask = [bool(m) for m in mask]
     form = TEMPLATES[template]
@@ -57,7 +57,8 @@ def read_exchanges(ids, mask, tokenizer, form):
         end = [*ids, tokenizer.end_of_text].index(tokenizer.end_of_text, start)
         request = tokenizer.decode_bytes(ids[start:answer_start]).decode()
         answer = tokenizer.decode_bytes(ids[answer_start:end]).decode()
-        turns += [read_request(request, form), Turn('assistant', answer[len(form.lead):])]
+        turns.append(read_request(request, form))
+        turns.append(Turn('assistant', answer[len(form.lead):]))
         start = end + 1
     return turns
 

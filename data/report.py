@@ -33,8 +33,6 @@ class Config:
     seed: Seed = 1337  # which conversations are shown
 
 
-# ---- how long the conversations are ----
-
 def histogram(lengths, supervised):
     """The bars, dicts: a bar is for conversations of `first` to `last` tokens."""
     longest = int(lengths.max())
@@ -58,8 +56,6 @@ def ticks_of(columns):
     step = next(step for step in NICE if end / step < 6)
     return [(round(100 * at / end, 2), at) for at in range(0, end + 1, step)]
 
-
-# ---- conversations, token by token ----
 
 def tokens_of(ids, mask, tokenizer):
     """The conversation as dicts: of a token, or of some that share a character."""
@@ -93,8 +89,6 @@ def examples(split, tokenizer, seed):
                       'n_supervised': int(mask.sum()), 'tokens': tokens})
     return found
 
-
-# ---- the page ----
 
 def page(folder, seed):
     """The page about a prepared folder."""

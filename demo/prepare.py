@@ -154,18 +154,14 @@ def misspell(word, rng):
 def make_conversations(facts, never_asked, wordings, config):
     """Lists of turns: questions about one to three countries."""
     rng = random.Random(f'{config.seed} conversations')
-    kinds_of = {}
-    for row in facts:
-        kinds = [kind for kind in wordings['ask'] if kind not in DIRECTIONS]
-        if row not in never_asked:
-            kinds += 2 * list(DIRECTIONS)
-        kinds_of[row['name']] = kinds
+    others = [kind for kind in wordings['ask'] if kind not in DIRECTIONS]
+    kinds = others + 2 * list(DIRECTIONS)
     pairs = [(words(row['name']), words(row['capital'])) for row in never_asked]
     found = []
     while len(found) < config.n_conversations:
         turns = []
         for row in rng.sample(facts, rng.choice((1, 1, 1, 1, 1, 2, 3))):
-            kind = rng.choice(kinds_of[row['name']])
+            kind = rng.choice(others if row in never_asked else kinds)
             answer = fill(wordings['ask'][kind]['answer'], row)
             turns.append(Turn('user', question(row, kind, wordings, rng)))
             turns.append(Turn('assistant', answer))
@@ -190,21 +186,20 @@ def make_quiz(facts, never_asked, wordings, which='quiz'):
             if row in never_asked:
                 group = f'never asked, {direction}'
                 beginning = answer.rpartition(f' {wanted}')[0]
-                found.append({'question': beginning, 'wanted': wanted, 'group': 'to complete'})
-            more = {'answer': answer, 'wanted': wanted, 'group': group}
+                found.append({'question': beginning, 'wanted': wanted,
+                              'group': 'to complete'})
             for wording in wordings['ask'][kind][which]:
-                found.append({'question': fill(wording, row), **more})
+                found.append({'question': fill(wording, row), 'answer': answer,
+                              'wanted': wanted, 'group': group})
     return found
 
-
-# ---- files ----
 
 def write_dataset(folder, template, examples, vocabulary):
     """Write examples, a list of (ids, mask), as a prepared folder."""
     splits = {'train': examples[N_VAL:], 'val': examples[:N_VAL]}
     source = {'name': 'demo/facts.csv', 'licence': 'MIT'}
-    tokenfile.write(folder, splits, {
-        'template': template, 'tokenizer': vocabulary.state(), 'source': source})
+    meta = {'template': template, 'tokenizer': vocabulary.state(), 'source': source}
+    tokenfile.write(folder, splits, meta)
 
 
 def main(argv):

@@ -1,6 +1,6 @@
 """The model card of an export: README.md, as the hub shows it.
 
-    python export.py --init_from=out/oasst --out=my-model --report=out/report/report.json
+    python export.py --init_from=out/oasst --out=my-model
 
 Its form is card.md. Source: https://huggingface.co/docs/hub/model-cards
 """
@@ -30,7 +30,7 @@ EXAMPLE = [Turn('user', 'What is the capital of France?'),
 
 
 def licence_of(data):
-    """The licence for the top of the card, None if no data set states one."""
+    """The licence for the top of the card, None if none is stated."""
     licences = {source.get('licence') or '' for source in data}
     if licences <= {''}:
         return None
@@ -56,8 +56,9 @@ def scores_of(opened, report):
         figures = {result['description']: result['figures'] for result in results}
     name = opened.description
     if name not in figures:
-        raise UserError(f'{report} is about {", ".join(figures)}, not about {name}. Run: '
-                        f'python evaluate.py --models={opened.folder} --dataset=NAME')
+        command = f'python evaluate.py --models={opened.folder} --dataset=NAME'
+        raise UserError(
+            f'{report} is about {", ".join(figures)}, not about {name}. Run: {command}')
     return found | figures[name]
 
 
@@ -72,7 +73,8 @@ def card(title, opened, dtype, report=''):
     data = [(part, part.get('source') or {}) for part in origin.get('data') or []]
     sources = [source for _, source in data]
     urls = ' '.join(source.get('url') or '' for source in sources)
-    recipe = [(key, repr(value)) for key, value in config.items() if key not in NOT_RECIPE]
+    names = [key for key in config if key not in NOT_RECIPE]
+    recipe = [(key, repr(config[key])) for key in names]
     ids, mask, _ = conversation.encode(EXAMPLE, tokenizer, opened.template)
     # Without the padding of the vocabulary.
     n_parameters = sum(p.numel() for p in opened.model.parameters())

@@ -2,9 +2,9 @@
 
     python export.py --init_from=out/oasst --out=my-model
 
-With chat_template.jinja, tokenizer.json gives the ids of core/conversation.py, which encodes
-each piece by itself and takes no tag from a message. Two characters that Unicode sets aside
-make it possible: the template writes them, the tokenizer takes them out.
+Together they give the ids of core/conversation.py, which encodes each piece by itself and
+takes no tag from a message. Two characters that Unicode sets aside make it possible: the
+template writes them, the tokenizer takes them out.
 Sources: the formats as transformers 5.23 and tokenizers 0.23 read them.
 """
 import json
@@ -49,7 +49,7 @@ def refuse(why):
 
 
 def chat_template(name, tokenizer):
-    """The chat template of one of TEMPLATES, which writes turns whose text is JOINT."""
+    """The chat template, from turns whose text is JOINT."""
     form = TEMPLATES[name]
     user = [piece for piece, _, _ in form.turn(Turn('user', JOINT))]
     assistant = list(form.turn(Turn('assistant', JOINT)))
@@ -57,7 +57,8 @@ def chat_template(name, tokenizer):
     answer = [piece for piece, _, supervised in assistant if supervised]
     # Two texts side by side could fuse to other tokens.
     fuses = '{text}' in form.user[-1] and not before_answer
-    tags = [(literal(tag), literal(tag[0] + BREAK + tag[1:])) for tag in tokenizer.special]
+    # A typed tag is broken after its <.
+    tags = [(literal(tag), literal(f'<{BREAK}{tag[1:]}')) for tag in tokenizer.special]
     text = ENVIRONMENT.get_template('chat_template.jinja').render(
         name=name, form=form, user=user, before_answer=before_answer, answer=answer,
         fuses=fuses, tags=tags, BREAK=literal(BREAK), JOINT=literal(JOINT),
@@ -70,7 +71,7 @@ def merges(tokens):
     ranks = {token: i for i, token in enumerate(tokens)}
     found = []
     for rank, token in enumerate(tokens[256:], 256):
-        # As a text is encoded, with the tokens before this one alone.
+        # As a text is encoded, with the earlier tokens alone.
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
@@ -82,9 +83,10 @@ def merges(tokens):
 
 def tokenizer_json(tokenizer):
     """tokenizer.json as a dict. It drops BREAK and splits at JOINT."""
-    text = [to_unicode(token) for token in tokenizer.tokens]
-    vocab = dict(zip(text, tokenizer.text_ids)) | tokenizer.special
-    pairs = [(to_unicode(a), to_unicode(b)) for a, b in merges(tokenizer.tokens)]
+    tokens = tokenizer.tokens
+    vocab = dict(zip(map(to_unicode, tokens), tokenizer.text_ids))
+    vocab |= tokenizer.special
+    pairs = [(to_unicode(a), to_unicode(b)) for a, b in merges(tokens)]
     bpe = tokenizers.Tokenizer(models.BPE(vocab, pairs))
     bpe.normalizer = normalizers.Replace(BREAK, '')
     split = pre_tokenizers.Split(JOINT, 'removed')

@@ -44,7 +44,7 @@ def to_transformers(model):
 
 
 def contents(opened, dtype):
-    """({file name: text}, {name: tensor}) of a tuned model. dtype: a name."""
+    """({file name: text, or what JSON holds}, {name: tensor}) of a tuned model."""
     tokenizer = opened.tokenizer
     c = opened.model.config
     # llama.cpp knows one token that ends an answer, and stops at <|endoftext|> anyway.
@@ -69,27 +69,24 @@ def contents(opened, dtype):
         'bos_token': END_OF_TEXT, 'eos_token': eos, 'pad_token': END_OF_TEXT,
         'clean_up_tokenization_spaces': False,
     }
-    texts = {
-        'config.json': as_json(config),
-        'generation_config.json': as_json(generation),
-        'tokenizer.json': as_json(tokenizer_json(tokenizer)),
-        'tokenizer_config.json': as_json(settings),
+    files = {
+        'config.json': config,
+        'generation_config.json': generation,
+        'tokenizer.json': tokenizer_json(tokenizer),
+        'tokenizer_config.json': settings,
         'chat_template.jinja': chat_template(opened.template, tokenizer),
     }
     dtype = getattr(torch, dtype)
-    return texts, {name: tensor.to(dtype) for name, tensor in weights.items()}
+    return files, {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
-def as_json(value):
-    """The text of a JSON file."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + '\n'
-
-
-def write(folder, texts, weights):
+def write(folder, files, weights):
     os.makedirs(folder)
     path = os.path.join(folder, 'model.safetensors')
     safetensors.torch.save_file(weights, path, {'format': 'pt'})
-    for name, text in texts.items():
+    for name, text in files.items():
+        if not isinstance(text, str):
+            text = json.dumps(text, indent=1, ensure_ascii=False) + '\n'
         other = os.path.join(folder, name)
         with open(other, 'w', encoding='utf-8', newline='\n') as file:
             file.write(text)

@@ -2,23 +2,21 @@
 
     python export.py --init_from=out/oasst --out=my-model --gguf=True
 """
-import json
-
 from configurator import UserError
 from core.pretrained import TRANSPOSED
 
 
-def write(path, opened, texts, weights):
-    """Write an export, {file: text} and {name: tensor}, as GGUF."""
+def write(path, opened, files, weights):
+    """Write what folder.contents returned as a GGUF file."""
     try:
         import gguf  # the package, not this file
     except ImportError:
         raise UserError('--gguf needs: pip install -r requirements-export.txt') from None
     shape = opened.model.config
     if shape.gelu != 'tanh':
-        raise UserError(f'{opened.description} computes the exact GELU, which llama.cpp '
-                        'does not. Leave out --gguf: transformers can.')
-    config = json.loads(texts['config.json'])
+        raise UserError(f'{opened.description} has the exact GELU, which llama.cpp lacks. '
+                        'Leave out --gguf.')
+    config = files['config.json']
     kind = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}[config['dtype']]
     file_type = 'ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}'
     writer = gguf.GGUFWriter(path, 'gpt2')
@@ -32,7 +30,7 @@ def write(path, opened, texts, weights):
 
     # The vocabulary and the chat template.
     tokenizer = opened.tokenizer
-    model = json.loads(texts['tokenizer.json'])['model']
+    model = files['tokenizer.json']['model']
     types = [gguf.TokenType.NORMAL] * tokenizer.vocab_size
     for i in tokenizer.special.values():
         types[i] = gguf.TokenType.CONTROL
@@ -45,7 +43,7 @@ def write(path, opened, texts, weights):
     writer.add_eos_token_id(config['eos_token_id'])
     writer.add_pad_token_id(tokenizer.end_of_text)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(texts['chat_template.jinja'])
+    writer.add_chat_template(files['chat_template.jinja'])
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)
     for name, tensor in weights.items():

@@ -1,6 +1,6 @@
-"""The forms beside this file, filled in: pages in HTML, and a model card in Markdown.
+"""The forms beside this file, filled in: HTML pages and a model card.
 
-A page loads nothing from elsewhere, and every value in it is escaped.
+A page loads nothing from elsewhere. What it shows is escaped.
 """
 import os
 import re
@@ -14,7 +14,7 @@ def share(part, whole):
 
 
 def markdown(value):
-    """The value as Markdown that shows it as it is."""
+    """The value, shown as it is."""
     return re.sub(r'([\\`*_\[\]<>&|~$#])', r'\\\1', str(value))
 
 
@@ -22,7 +22,8 @@ ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
     autoescape=jinja2.select_autoescape(),  # by the name: of .html only
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-ENVIRONMENT.filters |= {'number': '{:,}'.format, 'share': share, 'markdown': markdown}
+ENVIRONMENT.filters |= {'number': '{:,}'.format, 'share': share}
+ENVIRONMENT.filters['markdown'] = markdown
 
 
 def render(template, /, **values):

@@ -2,7 +2,7 @@
 
     python evaluate.py --models=out/oasst --quiz=questions.jsonl
 
-A question a line, as JSON. All but `question` is optional; `before` holds earlier turns:
+A JSON object a line. Only `question` is needed; `before` holds earlier turns:
 
     {"question": "And of Japan?", "before": ["What is the capital of France?", "Paris."],
      "answer": "It is Tokyo.", "wanted": "Tokyo", "group": "follow-up"}

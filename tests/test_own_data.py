@@ -153,7 +153,7 @@ def test_text_is_learned_whole(run, tmp_path, text, flags, documents):
     bpe = tokenizer.from_state(meta['tokenizer'])
     assert bpe.decode(split.ids) == ''.join(f'{document}<|endoftext|>' for document in documents)
     assert 'holds text' in said and bpe.tags is False
-    with one_line('--stdout prints conversations, and .* is plain text'):
+    with one_line('--stdout prints conversations, .* plain text'):
         run(text, '--stdout', name='my.TXT')
 
 

@@ -38,11 +38,11 @@ IGNORED = {
 }
 Text = Annotated[str, Field(min_length=1)]
 # A single text counts as a list of one.
-OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+OneOrMore = BeforeValidator(lambda one: [one] if isinstance(one, str) else one)
 
 
 class Body(BaseModel, extra='forbid', strict=True):
-    """What both kinds of request may say. null counts as absent."""
+    """What all requests may say. null counts as absent."""
     model: str | None = None
     stream: bool | None = None
     stream_options: dict | None = None
@@ -86,13 +86,12 @@ class Body(BaseModel, extra='forbid', strict=True):
 
 
 class Part(BaseModel):
-    """A piece of a message's content."""
     type: Literal['text']
     text: str
 
 
 class Message(BaseModel):
-    """A message. Its other fields are ignored."""
+    # Other fields are ignored.
     role: Literal['system', 'developer', 'user', 'assistant']
     content: str | list[Part] | None = None
 
@@ -114,7 +113,7 @@ class ChatBody(Body):
         messages = [message.as_dict() for message in self.messages]
         turns = from_messages(messages)
         if turns[-1].role != 'user':
-            raise ValueError("the last message is the assistant's, expected the user's")
+            raise ValueError("the last message is not the user's")
         if self.truncation == 'auto':
             room = served.window - min(n_new, served.window // 2)
             turns = conversation.recent(turns, tokenizer, served.template, room)

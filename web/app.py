@@ -50,8 +50,6 @@ def refuse(http, error):
     return JSONResponse(error.body, error.status)
 
 
-# ---- who may ask ----
-
 def guard(app, names, key):
     """ASGI middleware that refuses other sites and a wrong API key."""
     async def guarded(scope, receive, send):
@@ -83,7 +81,7 @@ def check(http, names, key):
 def is_ours(host, names):
     """Whether a Host header names this server.
 
-    By a name of its own for this machine (DNS rebinding), a site's pages would be ours.
+    A site can give this machine a name of its own (DNS rebinding).
     """
     try:
         name = urlsplit(f'//{host}').hostname or ''
@@ -92,10 +90,8 @@ def is_ours(host, names):
         return False
 
 
-# ---- what there is ----
-
 async def answer(kind, http):
-    """Have a model answer a request that is on its way in."""
+    """Have a model answer a request."""
     state = http.app.state
     # uvicorn does not limit the size of a body.
     raw = bytearray()

@@ -2,8 +2,8 @@
 
     python serve.py --init_from=out/oasst
 
-A step reads every weight once, whether for one answer or for eight. So the last tokens of
-all answers go through the model together, and new answers join as others end.
+A step reads every weight once, for one answer or for eight. So the last tokens of all
+answers go through the model together, and new answers join as others end.
 Source: Yu et al. 2022 (Orca), iteration-level scheduling.
 """
 import threading

@@ -4,9 +4,9 @@
     python data/alpaca/prepare.py --source=instruction-data --split=85/10/5
     python data/alpaca/prepare.py --input=rows.jsonl --template=xml
 
-A `history` of [question, answer] pairs becomes earlier turns, and a `system` text is put
-before the first question. A hash of the first question decides the split: none is in two.
---split and --train_rows split by position instead, as published runs do.
+A `history` of [question, answer] pairs becomes earlier turns; a `system` text goes before
+the first question. A hash of the first question decides the split: none is in two. With
+--split and --train_rows the position decides, as published.
 Source: Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca
 """
 import os

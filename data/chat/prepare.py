@@ -64,8 +64,6 @@ class Config:
             yield 'input is missing. Name a file, such as --input=my.jsonl'
 
 
-# ---- from a file to records ----
-
 def find_form(source):
     """What the file holds, and the function that splits it into records."""
     with source.open(EXPECTED) as file:
@@ -100,8 +98,6 @@ def split_xml(file):
         yield {'messages': messages}
 
 
-# ---- from a record to turns ----
-
 def read_row(record):
     """The messages of a row of any form, each a dict."""
     if 'instruction' in record:
@@ -112,9 +108,9 @@ def read_row(record):
     if not forms:
         raise ValueError(f'found the columns {", ".join(record)[:60]!r}')
     messages = []
-    for name, role in zip(forms[0], ('user', 'assistant')):
+    for name, role in zip(forms[0], readback.ROLES):
         value = record[name]
-        if name in ('messages', 'conversations') and isinstance(value, str):
+        if len(forms[0]) == 1 and isinstance(value, str):
             value = json.loads(value)
         if isinstance(value, list):
             messages += value
@@ -130,7 +126,7 @@ def read_turns(record):
         role = message.get('role', message.get('from'))
         role = SHAREGPT_ROLES.get(role, role)
         text = message.get('content', message.get('value')) or ''
-        if role not in ('user', 'assistant', 'system', 'developer'):
+        if role not in (*readback.ROLES, 'system', 'developer'):
             return [], f'the role {role!r}'
         if message.get('tool_calls'):
             return [], 'tool calls'
@@ -140,9 +136,9 @@ def read_turns(record):
             text = ''.join(part['text'] for part in text)
         if text.strip():
             messages.append({'role': role, 'content': text})
-        elif role in ('user', 'assistant'):
+        elif role in readback.ROLES:
             return [], 'empty message'
-    if not any(message['role'] == 'user' for message in messages):
+    if 'user' not in [message['role'] for message in messages]:
         return [], 'no question'
     turns = readback.from_messages(messages)
     if turns[0].role == 'assistant':
@@ -153,8 +149,6 @@ def read_turns(record):
         return [], 'no answer'
     return turns, ''
 
-
-# ---- the examples ----
 
 def read_conversations(source, config, split_records):
     for turns, drop in source.records(read_turns, EXPECTED, split_records):
@@ -177,8 +171,10 @@ def read_documents(source, config):
         # From a piece of one token nothing can be learned.
         for start in range(0, len(ids) - 1, size):
             piece = ids[start:start + size]
-            split = common.split_by_hash(piece.tolist(), config.seed, val=config.val_fraction)
-            yield common.Example(split, [], encoded=(piece, np.ones_like(piece), 0))
+            key = piece.tolist()
+            split = common.split_by_hash(key, config.seed, val=config.val_fraction)
+            encoded = (piece, np.ones_like(piece), 0)
+            yield common.Example(split, [], encoded=encoded)
 
 
 def main(argv):
@@ -188,7 +184,7 @@ def main(argv):
     print(f'{source.path} holds {form}', file=sys.stderr)
     if form == 'text':
         if config.stdout:
-            raise UserError(f'--stdout prints conversations, and {source.path} is plain text')
+            raise UserError('--stdout prints conversations, and the input is plain text.')
         # No tags or headings.
         config = replace(config, template='plain')
         examples = read_documents(source, config)
