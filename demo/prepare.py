@@ -219,8 +219,8 @@ def main(argv):
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, VOCAB_SIZE, min_frequency=0, show_progress=False)
     vocab = bpe.get_vocab()
-    tokens = [to_bytes(token) for token in sorted(vocab, key=vocab.get)]
-    vocabulary = Tokenizer('demo', tokens, tags=True)
+    tokens = map(to_bytes, sorted(vocab, key=vocab.get))
+    vocabulary = Tokenizer('demo', list(tokens), tags=True)
 
     examples = []
     for text in prose:

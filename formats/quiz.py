@@ -30,22 +30,23 @@ class Question(NamedTuple):
     group: str = ''
 
 
+def read_question(fields):
+    texts = fields.get('before', []) + [fields['question']]
+    rest = [fields.get(key, '') for key in ('answer', 'wanted', 'group')]
+    if not all(isinstance(text, str) for text in texts + rest):
+        raise ValueError('a field is not a text')
+    turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
+    return Question(turns, *rest)
+
+
 def read(path):
     """The Questions in a file."""
-    with reading(path, EXPECTED), open(path, encoding='utf-8') as file:
-        lines = list(file)
     questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        with reading(f'{path} line {number}', EXPECTED):
-            fields = json.loads(line)
-            texts = fields.get('before', []) + [fields['question']]
-            rest = [fields.get(key, '') for key in ('answer', 'wanted', 'group')]
-            if not all(isinstance(text, str) for text in texts + rest):
-                raise ValueError('a field is not a text')
-            turns = [Turn(ROLES[i % 2], text) for i, text in enumerate(texts)]
-            questions.append(Question(turns, *rest))
+    with reading(path, EXPECTED), open(path, encoding='utf-8') as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                with reading(f'{path} line {number}', EXPECTED):
+                    questions.append(read_question(json.loads(line)))
     if not questions:
         raise UserError(f'{path} holds no questions. {EXPECTED}')
     return questions
