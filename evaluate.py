@@ -65,7 +65,7 @@ class Answer(NamedTuple):
 def answer_all(opened, template, questions, max_new_tokens=64, batch_size=128):
     """The Answers of a model to `questions`, lists of turns.
 
-    Each is what it would be alone. Too long a prompt loses its oldest tokens.
+    Each is what it would be alone. A prompt that is too long loses its start.
     """
     # At least half of the window is for the prompt.
     window = opened.model.config.block_size
@@ -130,6 +130,7 @@ def measure(name, config, questions, device):
     figures = {'parameters': f'{n_parameters:,}', 'asked as': template}
     prepare(opened.model, device, config.dtype)
 
+    # The loss on the data set, and prompts from it.
     parts = {'quiz': questions}
     if config.dataset:
         size = opened.tokenizer.vocab_size
@@ -141,6 +142,7 @@ def measure(name, config, questions, device):
         prompts = quiz.from_split(split, opened.tokenizer, meta['template'], config.answers)
         parts = {'answers': prompts, **parts}
 
+    # Answers, and how good they are.
     for title, part in parts.items():
         if not part:
             continue

@@ -96,10 +96,12 @@ def open_served(config, init_from, role, template=''):
 
 def examples(opened):
     """Three short questions of the model's validation data, if it is still there."""
+    if not opened.checkpoint:
+        return EXAMPLES
+    config = opened.checkpoint.config
     found = []
     # That it is gone is no reason to refuse the model.
-    with contextlib.suppress(UserError, LookupError, AttributeError):
-        config = opened.checkpoint.config
+    with contextlib.suppress(UserError, LookupError):
         folder = tokenfile.find_folders(config['dataset'], config['data_dir'])[0]
         template = tokenfile.read_meta(folder)['template']
         split = tokenfile.Split([folder], 'val', vocab_size=opened.tokenizer.vocab_size)
@@ -167,6 +169,7 @@ def main(argv):
             timer.daemon = True
             timer.start()
 
+        # Ctrl-C, and what service managers send
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
         address = f'http://{config.host}:{listening.getsockname()[1]}'

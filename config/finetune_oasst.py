@@ -10,14 +10,13 @@ up to 7 GB. Under 16 GB: --batch_size=1 --gradient_accumulation_steps=32, the sa
 step. On a CPU: config/finetune_oasst_cpu.py.
 
 As published (the blog post behind this project) / here
-- gpt2-medium, the tags, the root of each tree with each direct reply / the same.
+- gpt2-medium, the tags, the root of a tree with each direct reply / the same.
 - oasst1 in all languages / oasst2 in English, without deleted and rejected
   messages. As published: --source=oasst1 --lang=all.
 - Tags as plain text, each on its own line / single tokens, nothing between them.
 - Loss on every token / on the answers. As published: --loss_on=all.
 - Conversations run on into each other / each is isolated, and longer ones cut.
-- No learning rate, batch size or loss was published. Ours is not known: no weights
-  could be downloaded.
+- No loss was published. Ours is not known: no weights could be downloaded.
 """
 out_dir = 'out/oasst'
 init_from = 'gpt2-medium'

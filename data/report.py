@@ -102,6 +102,7 @@ def page(folder, seed):
     lengths = np.concatenate([split.lengths for split in splits])
     supervised = np.concatenate([split.n_supervised for split in splits])
     columns = histogram(lengths, supervised)
+    # How many conversations fit into a row
     fitting = []
     for size in (1024, 512, 256, 128):
         # The last token is only a target.

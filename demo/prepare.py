@@ -132,6 +132,7 @@ def question(row, kind, wordings, rng):
         body = f'{before} {body}'
     if rng.random() < 0.4:
         body += ' ' + fill(rng.choice(around['behind']), blanks)
+    # Filler and slips between the words
     parts = body.split(' ')
     if rng.random() < 0.3:
         parts[rng.randrange(len(parts) - 1)] += rng.choice(around['filler'])
@@ -222,6 +223,7 @@ def main(argv):
     tokens = map(to_bytes, sorted(vocab, key=vocab.get))
     vocabulary = Tokenizer('demo', list(tokens), tags=True)
 
+    # What is learned from prose, and from conversations.
     examples = []
     for text in prose:
         ids = np.append(vocabulary.encode(text), vocabulary.end_of_text)

@@ -67,6 +67,7 @@ def card(title, opened, dtype, report=''):
     shape = opened.model.config
     tokenizer = opened.tokenizer
     saved = opened.checkpoint
+    # What the checkpoint says about its run.
     config = saved.config if saved else {}
     origin = saved and saved.origin or {}
     begun = origin.get('init_from') or ''

@@ -7,7 +7,7 @@ from core.pretrained import TRANSPOSED
 
 
 def write(path, opened, files, weights):
-    """Write what folder.contents returned as a GGUF file."""
+    """Write what folder.contents returned."""
     try:
         import gguf  # the package, not this file
     except ImportError:
@@ -16,6 +16,7 @@ def write(path, opened, files, weights):
     if shape.gelu != 'tanh':
         raise UserError(f'{opened.description} has the exact GELU, which llama.cpp lacks. '
                         'Leave out --gguf.')
+    # The shape.
     config = files['config.json']
     kind = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}[config['dtype']]
     file_type = 'ALL_F32' if kind == 'F32' else f'MOSTLY_{kind}'
@@ -45,6 +46,7 @@ def write(path, opened, files, weights):
     writer.add_add_bos_token(False)
     writer.add_chat_template(files['chat_template.jinja'])
 
+    # The weights.
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)
     for name, tensor in weights.items():
         if name.endswith(TRANSPOSED):

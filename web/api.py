@@ -149,6 +149,7 @@ def understand(kind, raw, models, config):
         raise ApiError(404, message, 'model', 'model_not_found')
     served = models[names.index(name)]
 
+    # The prompt must be one, and fit.
     try:
         ids = body.ids(served, body.longest(config))
     except ValueError as error:

@@ -153,6 +153,7 @@ def main(argv):
         prompts = [prompt_of(turns) for turns, _ in rows]
         splits = [common.split_by_hash(key, config.seed, **shares) for key in prompts]
     examples = [common.Example(split, *row) for split, row in zip(splits, rows)]
+    # A published file has its own folder and recipe.
     name = source.about['name']
     recipe = common.OWN_DATA
     if name in SOURCES:

@@ -1,7 +1,7 @@
 """Your own conversations or texts -> token files.
 
     python data/chat/prepare.py --input=my.jsonl --out_dir=data/mine
-    python data/chat/prepare.py --input=my.csv --stdout | head     # as text, to look at
+    python data/chat/prepare.py --input=my.csv --stdout | head   # as text
 
 The content says what a file holds, which may be gzipped:
 - JSON, one array or one object a line, or CSV with a header. Its columns are one of
@@ -52,7 +52,7 @@ class Config:
     report: bool = False  # also write a page about the data, report.html
     stdout: bool = False  # print the conversations, and write no files
     separator: str = '\n\n'  # between plain documents; \n is a line break
-    template: Literal[tuple(conversation.TEMPLATES)] = 'xml'  # the form
+    template: Literal[tuple(conversation.TEMPLATES)] = 'xml'  # how they are written
     tokenizer: str = 'gpt2'  # or a checkpoint's folder
     max_tokens: Count = 1024  # a longer conversation loses its last turns
     too_long: Literal['cut', 'drop'] = 'cut'  # an answer that does not fit
@@ -123,6 +123,7 @@ def read_turns(record):
     """(turns, why they are left out) of a row, by the rules above."""
     messages = []
     for message in read_row(record):
+        # ShareGPT's keys are from and value.
         role = message.get('role', message.get('from'))
         role = SHAREGPT_ROLES.get(role, role)
         text = message.get('content', message.get('value')) or ''
@@ -130,6 +131,7 @@ def read_turns(record):
             return [], f'the role {role!r}'
         if message.get('tool_calls'):
             return [], 'tool calls'
+        # OpenAI's newer form: a list of parts
         if isinstance(text, list):
             if any(part['type'] != 'text' for part in text):
                 return [], 'parts not text'
