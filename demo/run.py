@@ -16,8 +16,8 @@ import configurator
 from configurator import Seed, UserError
 
 LESSON = """
-The base completes {:.0f} % of the never-asked facts, but answers no question. Tuning taught
-it how to answer, with questions about other countries, and what it knew is carried over.
+The base completes {:.0f} % of the never-asked facts. Asked a question, it writes on as prose
+does. Tuning taught it to answer, with questions about other countries; what it knew stays.
 """
 
 
