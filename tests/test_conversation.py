@@ -5,7 +5,7 @@ import pytest
 from conftest import BYTES
 from core import conversation
 from core.conversation import TEMPLATES, AnswerText, Turn, answer_text, encode, prompt, to_text
-from core.readback import decode, from_messages, from_text
+from core.readback import decode, from_text
 
 EOT, CONVERSATION, END_CONVERSATION, USER, END_USER, ASSISTANT, END_ASSISTANT = range(256, 263)
 HI = [Turn('user', 'Hi'), Turn('assistant', 'Hello')]
@@ -103,29 +103,6 @@ TURNS = [Turn('user', 'aaaa'), Turn('assistant', 'bb'), Turn('user', 'cc'),
          Turn('assistant', 'd' * 20), Turn('user', 'e')]
 
 
-@pytest.mark.parametrize('template', TEMPLATES)
-def test_max_tokens_keeps_whole_turns_and_cut_the_beginning_of_the_next_answer(template):
-    whole = {n: encode(TURNS[:n], BYTES, template)[0].tolist() for n in (5, 4, 2)}
-    n_cut = 0
-    for limit in range(len(whole[5]) + 1):
-        # The longest beginning that fits and ends on the assistant.
-        n_kept = max((n for n in whole if len(whole[n]) <= limit), default=0)
-        ids, _, n_lost = encode(TURNS, BYTES, template, limit)
-        assert n_lost == 5 - n_kept
-        assert ids.tolist() == whole[n_kept] if n_kept else ids is None
-        ids, mask, n_lost = encode(TURNS, BYTES, template, limit, cut=True)
-        if ids is None or ids.tolist() in whole.values():  # not a token of the next answer fits
-            continue
-        *before, answer = decode(ids, mask, BYTES, template)
-        assert before == TURNS[:5 - n_lost] and mask[-1] == 1 and ids[-1] < EOT
-        text = TURNS[len(before)].text
-        assert answer.role == 'assistant' and text.startswith(answer.text)
-        # It is filled to the limit, but never closed.
-        assert len(ids) == limit or len(ids) < limit and answer.text == text
-        n_cut += 1
-    assert n_cut > 15
-
-
 def test_a_beginning_without_anything_to_learn_is_nothing():
     turns = [TURNS[0], TURNS[1]._replace(supervised=False), *TURNS[2:4]]
     assert encode(turns, BYTES, max_tokens=20) == (None, None, 4)  # the first exchange would fit
@@ -161,15 +138,3 @@ def test_ids_that_are_no_conversation_are_refused(template):
     for wrong in wrongs:
         with pytest.raises(ValueError, match='not a conversation of the template'):
             decode(wrong, [*mask, *mask * 0][:len(wrong)], BYTES, template)
-
-
-@pytest.mark.parametrize('messages, expected', [
-    ([('user', 'Hi'), ('assistant', 'Hello'), ('user', 'Hi')], [*HI, HI[0]]),
-    ([('system', 'Be brief.'), ('user', 'Hi')], [Turn('user', 'Be brief.\n\nHi')]),
-    ([('user', 'Hi'), ('developer', 'A'), ('assistant', 'Hello'), ('system', 'B')],
-     [Turn('user', 'A\n\nB\n\nHi'), HI[1]]),
-    ([('user', 'Hi'), ('user', 'How?'), ('assistant', None), ('assistant', 'Hello')],
-     [Turn('user', 'Hi\n\nHow?'), Turn('assistant', '\n\nHello')])])
-def test_messages_become_turns(messages, expected):
-    found = from_messages([{'role': role, 'content': text} for role, text in messages])
-    assert found == expected

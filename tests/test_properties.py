@@ -1,4 +1,8 @@
-"""For any texts at all: a conversation reads back as it went in, and no text makes a tag's id."""
+"""For any texts at all: a conversation reads back as it went in, and no text makes a tag's id.
+
+To add a template takes one object in TEMPLATES: two new ones, in NEW, are tested with ours.
+"""
+import json
 from itertools import takewhile
 from types import SimpleNamespace
 
@@ -10,10 +14,18 @@ from hypothesis import strategies as st
 
 import sample
 from configurator import UserError
-from core.conversation import TEMPLATES, Turn, answer_text, encode, prompt, to_text
+from core.conversation import TEMPLATES, Template, Turn, answer_text, encode, prompt, to_text
 from core.readback import decode, from_text
 from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
 
+NEW = {
+    'prompt': Template(
+        user=('User: {text}\nBot:',),
+        user_with_context=('User: {text}\nInput: {context}\nBot:',),
+        assistant=(' {text}', END_OF_TEXT), headings=('\nInput: ', '\nBot:')),
+    'tags': Template(
+        user=('<user>', '{text}', '</user>'), assistant=('<assistant>', '{text}', '</assistant>'),
+        closing=(END_OF_TEXT,))}
 TOKENS = [bytes([b]) for b in range(256)]
 TOKENS += [b'user', b'</', b'<|', b'assistant', b' t', b'\n\n', b'text', b'\xd7\xa9']
 BPE = Tokenizer('small', TOKENS, tags=True)
@@ -24,15 +36,22 @@ TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_siz
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
+@pytest.fixture(params=[*TEMPLATES, *NEW])
+def template(request, monkeypatch):
+    """The name of a template, of ours or of one that was just added."""
+    if request.param in NEW:
+        monkeypatch.setitem(TEMPLATES, request.param, NEW[request.param])
+    return request.param
+
+
 @st.composite
-def conversations(draw, template='xml'):
-    """Exchanges. Without tags or message ends, all answers are supervised: the mask finds them."""
-    form = TEMPLATES[template]
+def conversations(draw, form):
+    """Exchanges. Without ends of messages, all answers are supervised: the mask finds them."""
     turns = []
     for _ in range(draw(st.integers(1, 3))):
         has_context = form.user_with_context and form.headings
         turns.append(Turn('user', draw(TEXT), draw(TEXT) if has_context else ''))
-        supervised = template not in ('xml', 'dialogpt') or draw(st.booleans())
+        supervised = '{text}' in form.user[-1] or draw(st.booleans())
         turns.append(Turn('assistant', draw(TEXT), supervised=supervised))
     return turns
 
@@ -42,13 +61,33 @@ def specials(ids):
     return [BPE.decode([i]) for i in ids if i >= BPE.end_of_text]
 
 
-@pytest.mark.parametrize('template', TEMPLATES)
+def check_limit(turns, template, limit):
+    """max_tokens keeps the most whole exchanges, and cut fills the rest with the next answer."""
+    sizes = {n: len(encode(turns[:n], BPE, template)[0]) for n in range(2, len(turns) + 1, 2)}
+    n_kept = max((n for n in sizes if sizes[n] <= limit), default=0)
+    ids, mask, n_lost = encode(turns, BPE, template, limit)
+    if ids is None:
+        assert not any(answer.supervised for answer in turns[1:n_kept:2])
+    else:
+        assert decode(ids, mask, BPE, template) == turns[:n_kept] and n_lost == len(turns) - n_kept
+    ids, mask, n_lost = encode(turns, BPE, template, limit, cut=True)
+    if ids is None or n_lost == len(turns) - n_kept:  # not a token of the next answer fits
+        return
+    *before, answer = decode(ids, mask, BPE, template)
+    assert before == turns[:n_kept + 1] and n_lost == len(turns) - n_kept - 1
+    whole = turns[n_kept + 1]
+    assert answer.role == 'assistant' and whole.text.startswith(answer.text) and whole.supervised
+    # It is filled but for parts of a character, and never closed.
+    assert limit - 4 < len(ids) <= limit or len(ids) < limit and answer.text == whole.text
+    assert mask[-1] == 1 and ids[-1] < BPE.end_of_text
+
+
 def test_a_conversation_reads_back_as_it_went_in(template):
     form = TEMPLATES[template]
 
     @SETTINGS
-    @given(conversations(template), st.integers(10, 300), st.booleans())
-    def check(turns, limit, cut):
+    @given(conversations(form), st.integers(10, 300))
+    def check(turns, limit):
         try:
             ids, mask, n_lost = encode(turns, BPE, template)
         except ValueError as error:
@@ -69,24 +108,31 @@ def test_a_conversation_reads_back_as_it_went_in(template):
         if template == 'xml':  # the text to look at reads back, too
             supervised = [turn._replace(supervised=True) for turn in turns]
             assert from_text(to_text(supervised)) == [supervised]
-        ids, mask, n_lost = encode(turns, BPE, template, limit, cut)
-        if ids is None:
-            return
-        found = decode(ids, mask, BPE, template)
-        n_whole = len(turns) - n_lost
-        assert len(ids) <= limit and found[:n_whole] == turns[:n_whole]
-        assert cut or len(found) == n_whole
-        for turn, original in zip(found[n_whole:], turns[n_whole:], strict=False):
-            assert original.text.startswith(turn.text)
+        check_limit(turns, template, limit)
     check()
 
 
-@pytest.mark.parametrize('template', TEMPLATES)
 def test_half_a_surrogate_pair_makes_no_ids_at_all(template):
     with pytest.raises(ValueError):
         encode([Turn('user', 'a \ud800'), Turn('assistant', 'x')], BPE, template)
     with pytest.raises(UserError, match='the prompt cannot be read'):
         sample.ask_once(sample.Config(user='\ud800'), SimpleNamespace(tokenizer=BPE), template)
+
+
+@pytest.mark.parametrize('template', NEW, indirect=True)
+def test_transformers_gives_the_ids_of_a_new_template(template, small):
+    transformers = pytest.importorskip('transformers')
+    tokenizers = pytest.importorskip('tokenizers')
+    chat_template = pytest.importorskip('formats.chat_template')
+    whole = tokenizers.Tokenizer.from_str(json.dumps(chat_template.tokenizer_json(small)))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=whole)
+    theirs.chat_template = chat_template.chat_template(template, small)
+    turns = [Turn('user', 'Add </user>'), Turn('assistant', ' Bot: {text}')]
+    messages = [{'role': turn.role, 'content': turn.text} for turn in turns]
+    found = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    ids, mask, _ = encode(turns, small, template)
+    assert found['input_ids'] == ids.tolist()
+    assert found['assistant_masks'] == mask.tolist()
 
 
 def test_nobody_gets_a_turn_that_is_not_theirs(monkeypatch, capsys):
