@@ -17,32 +17,28 @@ for i in range(100):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return str(tmp_path / 'data' / 'mine')
+def run(tmp_path, vocabulary, monkeypatch):
+    """run(rows or text, flag=value, …) prepares data/mine in an empty folder: its meta.json."""
+    monkeypatch.chdir(tmp_path)
 
-
-@pytest.fixture
-def run(tmp_path, vocabulary, folder):
-    """run(rows or text, flag=value, …): meta.json of the folder."""
     def run(rows, **flags):
-        path = tmp_path / 'rows.json'
-        path.write_text(rows if isinstance(rows, str) else json.dumps(rows), encoding='utf-8')
-        flags = {'tokenizer': vocabulary, 'input': path, 'out_dir': folder} | flags
+        text = rows if isinstance(rows, str) else json.dumps(rows)
+        (tmp_path / 'rows.json').write_text(text)
+        flags = {'tokenizer': vocabulary, 'input': 'rows.json', 'out_dir': 'data/mine'} | flags
         prepare.main([f'--{key}={value}' for key, value in flags.items()])
-        meta = tokenfile.read_meta(folder)
+        meta = tokenfile.read_meta('data/mine')
         assert meta['seen'] == meta['kept'] + sum(meta['dropped'].values())
         return meta
     return run
 
 
-def triples(folder, split='train'):
+def triples(split='train'):
     """The rows of a split, without a history, as (instruction, input, output)."""
-    return [(*question[1:3], answer.text) for question, answer in read_back(folder, split)]
+    return [(*question[1:3], answer.text) for question, answer in read_back('data/mine', split)]
 
 
 @pytest.mark.parametrize('file, flags, sizes, recipe', [
     ('instruction-data', {'split': '85/10/5'}, [935, 55, 110], 'instruction_data'),
-    ('instruction-data', {'val_fraction': 0.1}, [985, 115], 'instruction_data'),
     ('alpaca_data', {'max_tokens': 1024}, [49_306, 2_668], 'alpaca')])
 def test_published_files(run, capsys, gpt2, file, flags, sizes, recipe):
     """Every row is kept, but for 28 of Stanford's without an output."""
@@ -76,33 +72,31 @@ QUIRKS = [  # (row, the input and output that are kept, or why none is)
     (row(system=' ', history=None, note='', id=7), ('', 'x'))]
 
 
-def test_quirks_of_real_rows_are_handled_and_counted(run, folder):
+def test_quirks_of_real_rows_are_handled_and_counted(run):
     meta = run([record for record, _ in QUIRKS], val_fraction=0)
     found = [what for _, what in QUIRKS]
     assert meta['dropped'] == Counter(what for what in found if isinstance(what, str))
-    assert triples(folder) == [('f', *what) for what in found if not isinstance(what, str)]
+    assert triples() == [('f', *what) for what in found if not isinstance(what, str)]
 
 
-def test_a_history_becomes_turns_and_a_system_text_is_put_first(run, folder):
+def test_a_history_becomes_turns_and_a_system_text_is_put_first(run):
     run([row(input='a', output='No.', system='Be kind.', history=[['q', 'b'], ['more', 'less']])],
         val_fraction=0)
-    turns, = read_back(folder)
+    turns, = read_back('data/mine')
     assert [turn[1:] for turn in turns] == [
         ('Be kind.\n\nq', '', True), ('b', '', True), ('more', '', True), ('less', '', True),
         ('f', 'a', True), ('No.', '', True)]
 
 
-def test_the_split_by_hash_keeps_prompts_together(run, folder):
+def test_the_split_by_hash_keeps_prompts_together(run):
     """In another case or spacing, or with another answer, a prompt is in the same split."""
-    some = []
-    for record in ROWS:
-        question = record['instruction']
-        some += [record, row(instruction=question.upper().replace(' ', '  '), output='again')]
-    meta = run(some, val_fraction=0.3, test_fraction=0.2)
-    assert all(counts['conversations'] > 5 for counts in meta['splits'].values())
+    shouted = [row(instruction=f'NAME \n{record["instruction"][5:]} ') for record in ROWS]
+    run(ROWS + shouted, val_fraction=0.3, test_fraction=0.2)
     prompts = []
     for name in ('train', 'val', 'test'):
-        prompts += {' '.join(question.lower().split()) for question, *_ in triples(folder, name)}
+        found = {' '.join(question.lower().split()) for question, *_ in triples(name)}
+        assert len(found) > 5
+        prompts += found
     assert len(prompts) == len(set(prompts)) == 60
 
 
@@ -112,11 +106,11 @@ SHUFFLED = np.random.default_rng(42).permutation(100).tolist()  # as datasets' s
 @pytest.mark.parametrize('flags, ends, order', [
     ({'train_rows': 60, 'val_rows': 10}, {'train': 60, 'val': 70, 'test': 100}, range(100)),
     ({'split': '85/10/5', 'shuffle_seed': 42}, {'train': 85, 'test': 95, 'val': 100}, SHUFFLED)])
-def test_splits_by_position(run, folder, flags, ends, order):
+def test_splits_by_position(run, flags, ends, order):
     run([row(output=str(i)) for i in range(100)], **flags)
     start = 0
     for name, end in ends.items():
-        assert [int(output) for *_, output in triples(folder, name)] == sorted(order[start:end])
+        assert [int(output) for *_, output in triples(name)] == sorted(order[start:end])
         start = end
     assert SHUFFLED[:5] == [59, 21, 56, 18, 33]
 
@@ -138,10 +132,10 @@ def test_mistakes_are_one_line_that_says_what_to_do(run, content, flags, said):
     ('instruction_data', {'split': '85/10/5'}), ('alpaca', {'max_tokens': 513}),
     ('open_instruct', {'template': 'plain', 'max_tokens': 128, 'shuffle_seed': 42,
                        'train_rows': 80, 'val_rows': 10})])
-def test_a_recipe_prepares_trains_and_saves(run, tmp_path, gpt2, name, flags):
+def test_a_recipe_prepares_and_trains(run, gpt2, no_pictures, name, flags):
     run(ROWS, tokenizer='gpt2', **flags)
-    train.main([f'{ROOT}/config/finetune_{name}.py', '--init_from=scratch', '--n_layer=1',
-                '--n_head=2', '--n_embd=32', f'--data_dir={tmp_path}/data', '--dataset=mine',
-                f'--out_dir={tmp_path}/out', '--max_iters=2', '--epochs=0', '--batch_size=1',
-                '--device=cpu', '--gradient_accumulation_steps=1', '--dtype=float32'])
-    assert (tmp_path / 'out' / 'ckpt.pt').exists()
+    shape = '--init_from=scratch --n_layer=1 --n_head=2 --n_embd=32 --dtype=float32 --device=cpu'
+    steps = '--max_iters=2 --epochs=0 --batch_size=1 --gradient_accumulation_steps=1'
+    train.main([f'{ROOT}/config/finetune_{name}.py', '--dataset=mine', '--out_dir=out',
+                *shape.split(), *steps.split()])
+    assert os.path.exists('out/ckpt.pt')

@@ -6,7 +6,7 @@ import pytest
 from conftest import read_back
 from core import tokenizer as vocabularies
 from core.tokenfile import Split, read_meta
-from demo import prepare, run
+from demo import prepare
 from formats import quiz
 
 CONFIG = prepare.Config(n_texts=600, n_conversations=10_000)
@@ -56,12 +56,6 @@ def test_no_held_out_wording_stands_in_a_training_text(conversations):
                 assert prepare.words(q['question']) not in learned, q
 
 
-def test_every_text_of_prose_names_the_capital_twice():
-    for i, text in enumerate(PROSE):
-        row = FACTS[i % len(FACTS)]
-        assert text.count(row['capital']) >= 2 and row['country'][1:] in text, text
-
-
 def test_what_is_written_reads_back(tmp_path):
     prepare.main([f'--out_dir={tmp_path}', '--n_texts=600', '--n_conversations=600'])
     vocabulary = vocabularies.from_state(read_meta(tmp_path / 'chat')['tokenizer'])
@@ -73,9 +67,3 @@ def test_what_is_written_reads_back(tmp_path):
     assert groups['never asked, forward'] == groups['never asked, backward'] == 200
     assert groups['held-out wording, forward'] == 155 * 5 and groups['to complete'] == 80
     assert all(q.wanted in q.answer or q.group == 'to complete' for q in questions)
-
-
-def test_the_last_line_counts_what_is_exact_in_the_groups_of_a_name():
-    asked = [{'group': 'a, forward', 'exact': True}, {'group': 'a, backward', 'exact': False},
-             {'group': 'b', 'right': True}]
-    assert run.percent(asked, 'a') == 50 and run.percent(asked, 'b', 'right') == 100

@@ -23,7 +23,7 @@ QUIZ = [
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that runs evaluate.py on texts like HTML and tags: (report.json, report.html)."""
+    """run(models, key=value, …) on texts like HTML and tags: (report.json, report.html)."""
     chats = [[Turn('user', f'<b>question</b> {i} </user>'),
               Turn('assistant', f'<script>answer {i}')] for i in range(5)]
     write_data(tmp_path / 'data' / 'small', BYTES, {'train': [], 'val': chats})
@@ -72,7 +72,6 @@ def test_a_broken_quiz_is_a_line(tmp_path, content, said):
 
 def test_answers_do_not_depend_on_the_batch(save_model, tmp_path):
     opened = checkpoint.open_model(save_model(tmp_path / 'model', BYTES, block_size=256))
-    opened.model.eval()
     # The longest leaves the answer half of the window.
     questions = [[Turn('user', 'x' * n)] for n in (3, 30, 1, 3, 17, 500)]
     together = evaluate.answer_all(opened, 'xml', questions, 200)
@@ -96,8 +95,6 @@ def test_report_and_page_are_the_same_each_time(run, save_model, tmp_path):
         assert found['quiz']['asked'][1]['prompt'] == ['Hi', 'Hello.', 'And <b>?']
         assert len(found['answers']['asked']) == 5
         assert found['answers']['asked'][1]['expected'] == '<script>answer 1'
-    n_parameters = sum(p.numel() for p in checkpoint.open_model(model).model.parameters())
-    assert results[0]['figures']['parameters'] == f'{n_parameters:,}'
     assert '<script' not in page and '&lt;script&gt;answer 1' in page and 'And &lt;b&gt;?' in page
     assert '&lt;b&gt;question&lt;/b&gt; 0 &lt;/user&gt;' in page
     assert not re.search(r'(src|href)=|@import|url\(', page)
@@ -119,10 +116,9 @@ def test_a_mistake_gets_one_line(run, save_model, tmp_path, monkeypatch, keys, s
 
 def test_each_different_prompt_is_asked_once(small, tmp_path):
     """Trees give several answers to one prompt."""
-    chats = [('Hi', 'Hello'), ('Hi', 'Hey'), ('And you?', 'Fine'), ('Hi', 'Ho'), ('Bye', 'Bye')]
-    chats = [[Turn('user', a), Turn('assistant', b)] for a, b in chats]
+    chats = [[Turn('user', text), Turn('assistant', 'Yes')] for text in ('a', 'a', 'b', 'a', 'c')]
     write_data(tmp_path / 'data', small, {'val': chats})
     split = Split([tmp_path / 'data'], 'val')
-    asked = quiz.from_split(split, small, 'xml', 2)
-    assert [question.turns[0].text for question in asked] == ['Hi', 'And you?']
-    assert len(quiz.from_split(split, small, 'xml', 20)) == 3
+    for n, expected in ((2, ['a', 'b']), (20, ['a', 'b', 'c'])):
+        asked = quiz.from_split(split, small, 'xml', n)
+        assert [question.turns[0].text for question in asked] == expected

@@ -121,20 +121,18 @@ def test_what_is_kept_of_a_tree(run, flags, root, expected, dropped):
     assert meta['dropped'] == dropped
 
 
-NASTY = ['NUL \0 inside', '\u202eright to left שלום', 'e' + '\u0301' * 500, '\ufeff', ' x \r\n',
-         '</user><assistant><|endoftext|>', '\\<user>', 'a\u2028\x85', '👩‍👩‍👧‍👦', 'y' * 100_000]
+NASTY = ['NUL \0 inside', '\u202eשלום', 'e' + '\u0301' * 500, '\ufeff', ' x \r\n', '\\<user>',
+         '</user><assistant><|endoftext|>', 'a\u2028\x85', '👩‍👩‍👧‍👦', 'y' * 100_000]
+BROKEN = ['half \ud83d a pair', '\n' * 1_100_000 + 'x']
 
 
-def test_texts_made_to_break_things_come_through(run, script, vocabulary):
-    some = [tree(M(f'q{i}', M(f'a{i}', text=text), text=text)) for i, text in enumerate(NASTY)]
-    broken = ['half \ud83d a pair', '\n' * 1_100_000 + 'x']
-    unusable = [tree(M(f'p{i}', M(f'b{i}', text=text))) for i, text in enumerate(broken)]
+def test_texts_made_to_break_things_come_through(run, script):
+    some = [tree(M(str(i), M('a', text=text), text=text)) for i, text in enumerate(NASTY + BROKEN)]
     expected = [[Turn('user', text), Turn('assistant', text)] for text in NASTY]
-    meta, conversations = run([*some, *unusable], WHOLE)
+    meta, conversations = run(some, WHOLE)
     assert sorted(conversations) == sorted(expected)
     assert meta['dropped'] == {'cannot be encoded': 2}
-    done = script('data/oasst/prepare.py', '--input=trees.jsonl', '--stdout', WHOLE,
-                  f'--tokenizer={vocabulary}', text=False)
+    done = script('data/oasst/prepare.py', '--input=trees.jsonl', '--stdout', text=False)
     assert readback.from_text(done.stdout.decode())[:len(NASTY)] == expected
     assert done.returncode == 0
 
@@ -162,17 +160,14 @@ def test_flat_messages_become_their_trees(run, tmp_path, capsys):
     assert shown(conversations) == ['q>[a]>b>[c]', 'q>[e]'] and meta['dropped'] == {'top_k': 1}
 
 
-def test_what_is_printed_and_meta_json(run, tmp_path, monkeypatch, capsys):
+def test_the_next_command_and_meta_json(run, tmp_path, monkeypatch, capsys):
     """The recipe for a large GPU is not for what was prepared for a laptop."""
     monkeypatch.chdir(tmp_path)
-    some = [tree(M('q', M('a'), M('b', deleted=True)))]
     for max_tokens, recipe in ((513, 'finetune_oasst_cpu'), (1024, 'finetune_oasst')):
-        meta, _ = run(some, '--val_fraction=0', f'--max_tokens={max_tokens}', out='data/mine')
-        output = capsys.readouterr().out.splitlines()
+        meta, _ = run([tree(M('q', M('a')))], '--val_fraction=0', f'--max_tokens={max_tokens}',
+                      out='data/mine')
         command = f'python train.py config/{recipe}.py --dataset=mine --out_dir=out/mine'
-        assert output[-1].endswith(f': {command}')
-    assert output[:3] == ['2 conversations, 1 kept, 0 of these cut to fit', 'dropped: 1 deleted',
-                          '0 tokens of answers did not fit']
+        assert capsys.readouterr().out.endswith(f': {command}\n')
     assert meta['source'].keys() == {'name', 'url', 'bytes', 'sha256', 'licence'}
     assert meta['source']['name'] == 'trees.jsonl' and meta['options']['max_tokens'] == 1024
     assert not meta['options']['input'] and not meta['options']['out_dir']

@@ -44,15 +44,11 @@ def as_csv(rows, delimiter=',', header=str):
 
 OPENAI = [{'messages': messages(turns)} for turns in LONGER]
 IN_CSV = [{'messages': json.dumps(row['messages'])} for row in OPENAI]
-PARTS = json.loads(json.dumps(OPENAI))
-for message in PARTS[0]['messages']:
-    parts = message['content'][:3], message['content'][3:]
-    message['content'] = [{'type': 'text', 'text': part} for part in parts]
 SHAREGPT = [{'conversations': messages(turns, 'from', 'value', user='human', assistant='gpt')}
             for turns in LONGER]
 LISTS = [{'prompt': messages(turns[:-1]), 'completion': messages(turns[-1:])} for turns in LONGER]
 QUESTIONS = rows('question', 'answer')
-EVERY_FORM = [*OPENAI, *PARTS, *SHAREGPT, *LISTS, *QUESTIONS, *rows('prompt', 'completion'),
+EVERY_FORM = [*OPENAI, *SHAREGPT, *LISTS, *QUESTIONS, *rows('prompt', 'completion'),
               *rows('input', 'output')]
 XML = """\
 <conversation><user>Hi, <\\user></user><assistant>Hello
@@ -60,7 +56,7 @@ XML = """\
 """ * 2
 FROM_XML = [[('user', 'Hi, <user>'), ('assistant', 'Hello\n'), ('user', '1'), ('assistant', '2')]]
 FORMS = {  # name: (the file's content, its conversations, what the script says it is)
-    'lines of every form': (json_lines(EVERY_FORM), LONGER * 4 + PAIRS * 3, 'JSON'),
+    'lines of every form': (json_lines(EVERY_FORM), LONGER * 3 + PAIRS * 3, 'JSON'),
     'an array after a BOM': ('\ufeff \n' + json.dumps(OPENAI, indent=1), LONGER, 'JSON'),
     'messages in CSV': (as_csv(IN_CSV), LONGER, 'CSV'),
     "a German Excel's CSV": ('\ufeff' + as_csv(QUESTIONS, ';', str.title), PAIRS, 'CSV'),
@@ -99,20 +95,20 @@ def talk(text):
     found = []
     for part in text.split(' '):
         who, _, words = part.partition(':')
-        found.append({'role': names[who], 'content': words})
+        found.append({'role': names[who], 'content': words.replace('_', ' ')})
     return found
 
 
 CALL = {'role': 'assistant', 'content': 'x', 'tool_calls': [{'id': 'x'}]}
 IMAGE = {'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}
-
-
+PARTS = {'role': 'user', 'content': [{'type': 'text', 'text': part} for part in ('q', ' ', 'r')]}
 RULES = [  # (messages, what is kept of them, or why nothing is)
     (talk('a:hi s:x a:ho u:q a:b'), 'u:x\n\nq a:b'),
     (talk('u:q u:r a:b a:c a:d'), 'u:q\n\nr a:b\n\nc\n\nd'),
     (talk('s:x d:y s: u:q a:b'), 'u:x\n\ny\n\nq a:b'),
     (talk('u:q a:b s:x u:r a:c'), 'u:x\n\nq a:b u:r a:c'),
     (talk('u:q a:b u:r'), 'u:q a:b'),
+    ([*talk('a:hi'), PARTS, *talk('a:b')], 'u:q_r a:b'),
     (talk('u:q'), 'no answer'),
     (talk('a:b'), 'no question'),
     (talk('u:q a:'), 'empty message'),
@@ -165,7 +161,6 @@ def test_text_is_learned_whole(run, tmp_path, text, flags, documents):
     ('too-many-fields.csv', 'question,answer\na,b,c\n', 'more fields than'),
     ('other-columns.json', '[{"question": "a"}]', "found the columns 'question'"),
     ('alpaca.json', '[{"instruction": "a", "output": "b"}]', 'use data/alpaca/prepare.py'),
-    ('cut-off.json', json.dumps(QUESTIONS)[:-9], 'cannot be read'),
     ('role.jsonl', '{"messages": [{"role": "narrator", "content": "a"}]}', "role 'narrator'")])
 def test_a_wrong_file_ends_in_one_line(run, name, content, said):
     with one_line(said):

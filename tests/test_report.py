@@ -13,19 +13,14 @@ from data.chat import prepare
 EVIL = '<script>alert(1)</script> & "q" </user> 🙂👩‍👩‍👧 Ünï\r\n\ttab'
 
 
-@pytest.mark.parametrize('template', ['xml', 'alpaca'])
-def test_every_token_is_there_with_its_mask_and_reads_as_the_text(small, template):
-    ids, mask, _ = encode([Turn('user', EVIL), Turn('assistant', EVIL)], small, template)
+def test_tokens_read_as_the_text_and_half_a_character_is_shown_as_such(small):
+    ids, mask, _ = encode([Turn('user', EVIL), Turn('assistant', EVIL)], small)
     tokens = report.tokens_of(ids, mask, small)
-    pairs = [(i, token['supervised']) for token in tokens for i in token['ids']]
-    assert pairs == list(zip(ids.tolist(), mask.astype(bool).tolist()))
     text = ''.join(token['text'] for token in tokens)
     assert text == small.decode(ids.tolist()) and '\ufffd' not in text
-    assert [i for token in tokens if token['tag'] for i in token['ids']] == [
-        i for i in ids if i in small.special.values()]
-
-
-def test_half_a_character_is_shown_as_such(small):
+    tags = [token['text'] for token in tokens if token['tag']]
+    assert ''.join(tags) == ('<conversation><user></user><assistant></assistant></conversation>'
+                             '<|endoftext|>')
     half = small.encode('🙂').tolist()[:2]
     ids = np.array([*half, small.special['</user>'], *small.encode('a').tolist()])
     tokens = report.tokens_of(ids, np.array([0, 0, 0, 1]), small)

@@ -4,8 +4,7 @@ import itertools
 import pytest
 
 import sample
-from configurator import UserError
-from conftest import BYTES
+from conftest import BYTES, one_line
 from core import checkpoint, conversation
 from core.conversation import Turn
 
@@ -19,25 +18,21 @@ def model(save_model, tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch):
-    """A function: `generate` writes these answers, for each call a list of samples, from now on.
+    """script(samples, …) replaces `generate`: each call writes these texts with tags.
 
-    A sample is text with tags. Returns the list of the prompts that reach the model.
+    Returns the list of the prompts that reach the model.
     """
-    def set_answers(*answers):
+    def script(*answers):
         prompts = []
         waiting = iter(answers)
 
         def generate(model, asked, max_new_tokens, *others):
             prompts.extend(asked)
-            rows = []
-            for text in next(waiting):
-                row = BYTES.encode_with_tags(text).tolist()
-                ends = [i + 1 for i, token in enumerate(row) if token in others[-1]]
-                rows.append(row[:min([max_new_tokens, *ends])])
-            yield from itertools.zip_longest(*rows)
+            rows = [BYTES.encode_with_tags(text).tolist() for text in next(waiting)]
+            yield from itertools.islice(itertools.zip_longest(*rows), max_new_tokens)
         monkeypatch.setattr(sample, 'generate', generate)
         return prompts
-    return set_answers
+    return script
 
 
 @pytest.fixture
@@ -73,7 +68,7 @@ def test_an_answer_is_printed_by_characters_without_the_lead_of_its_template(
 
 
 def test_where_an_answer_ends(ask, script):
-    prompts = script(['Paris.</assistant></conversation>'], ['Paris.<|endoftext|>and more'],
+    prompts = script(['Paris.</assistant>'], ['Paris.<|endoftext|>'],
                      ['One. Two. Thr</assistant>'],
                      ['one</assistant>', 'twenty-two</assistant>', 'no end at all'])
     assert ask(user='Where?').out == ask(user='Where?').out == 'Paris.\n'
@@ -115,16 +110,15 @@ def test_a_chat_drops_the_oldest_turns_and_goes_on_after_a_mistake(ask, script):
     ({'user': 'Answer: no', 'template': 'question'}, "contains the heading 'Answer:'"),
     ({'user': 'a', 'out_dir': 'nowhere'}, 'nowhere/ckpt.pt not found. Expected a checkpoint')])
 def test_a_mistake_is_a_line(ask, keys, said):
-    with pytest.raises(UserError) as caught:
+    with one_line(said):
         ask(**keys)
-    assert said in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_an_untuned_model_has_no_template_until_one_is_chosen(ask, monkeypatch):
     opened = checkpoint.open_model
     monkeypatch.setattr(checkpoint, 'open_model',
                         lambda *given, **keys: opened(*given, **keys)._replace(template=None))
-    with pytest.raises(UserError, match='has no template. Use --start, or choose one: --template'):
+    with one_line('has no template. Use --start, or choose one: --template'):
         ask(user='hi')
     assert ask(user='hi', template='question', max_new_tokens=3).out
     assert ask(start='hi', max_new_tokens=3).out.startswith('hi')

@@ -5,8 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from configurator import UserError
-from conftest import ROOT
+from conftest import ROOT, one_line
 from core import tokenfile
 from core.tokenfile import Split
 
@@ -16,8 +15,8 @@ META = {'template': 'xml', 'tokenizer': {'name': 'gpt2', 'sha256': 'abc'}}
 def write(folder, lengths=(5, 9, 2), **meta):
     """Write a folder of random conversations; returns (ids, mask) of each, one of them for val."""
     written = []
-    for i, length in enumerate([*lengths, 3]):
-        rng = np.random.default_rng([length, i])
+    rng = np.random.default_rng(0)
+    for length in (*lengths, 3):
         mask = rng.random(length) < 0.5
         mask[0] = False
         mask[-1] = True
@@ -37,9 +36,8 @@ def check(folders, written, split='train'):
 
 def refused(folder, said):
     """Reading the folder is a UserError of one line that says this."""
-    with pytest.raises(UserError, match=said) as caught:
+    with one_line(f'{folder}.*{said}'):
         Split([str(folder)], 'train')
-    assert '\n' not in str(caught.value) and str(folder) in str(caught.value)
 
 
 def test_several_folders_are_one_split_and_a_source_may_have_any_name(tmp_path):
@@ -67,19 +65,16 @@ def test_the_files_are_the_published_format(tmp_path):
 
 
 @pytest.mark.parametrize('n_written', range(7))
-@pytest.mark.parametrize('error, raised', [
-    (KeyboardInterrupt, KeyboardInterrupt), (OSError(28, 'No space left on device'), UserError)])
-def test_stopped_while_files_are_written_none_is_taken_for_whole(
-        tmp_path, monkeypatch, n_written, error, raised):
+def test_stopped_while_files_are_written_none_is_taken_for_whole(tmp_path, monkeypatch, n_written):
     write(tmp_path)
     written = []
 
     def replace(source, target):
         if len(written) == n_written:
-            raise error
+            raise KeyboardInterrupt
         written.append(os.rename(source, target))
     monkeypatch.setattr(os, 'replace', replace)
-    with pytest.raises(raised):
+    with pytest.raises(KeyboardInterrupt):
         write(tmp_path)
     refused(tmp_path, 'meta.json not found. Prepare the data first')
     assert not list(tmp_path.glob('*.tmp'))
@@ -91,10 +86,8 @@ def test_files_that_disagree_are_refused_in_a_line(tmp_path, ending, change):
     """test_hostile_files.py has files that are damaged by accident."""
     written = write(tmp_path)
     path = tmp_path / f'train{ending}'
-    data = change(path.read_bytes())
-    path.unlink()
-    path.write_bytes(data)
-    refused(tmp_path, 'train.* Prepare the folder again')
+    path.write_bytes(change(path.read_bytes()))
+    refused(tmp_path, 'Prepare the folder again')
     check([tmp_path], written[-1:], 'val')  # the other split is whole
 
 
@@ -102,7 +95,6 @@ def test_files_that_disagree_are_refused_in_a_line(tmp_path, ending, change):
     ({'format_version': 2}, 'format 2, this code reads 1'),
     ({'template': 'xlm'}, 'known are xml'),
     ({'splits': {'val': dict.fromkeys(tokenfile.COUNTS, 1)}}, "has no split 'train'"),
-    ({'splits': {'train': dict(zip(tokenfile.COUNTS, (3, 15, 8)))}}, 'disagree'),
     ({'splits': {'train': dict(zip(tokenfile.COUNTS, (4, 16, 8)))}}, 'disagree'),
     ({'splits': {'train': dict(zip(tokenfile.COUNTS, (3, 16, 1)))}}, 'disagree')])
 def test_a_meta_json_of_other_files_is_refused_in_a_line(tmp_path, change, said):
@@ -125,14 +117,14 @@ def test_which_tokens_are_supervised(tmp_path):
     assert Split([str(tmp_path)], 'train').n_supervised.tolist() == [1, 0]
     split = Split([str(tmp_path)], 'train', loss_on='all', vocab_size=4)
     assert split.n_supervised.tolist() == [2, 0] and split[0][1].tolist() == [1, 1, 1]
-    with pytest.raises(UserError, match='train.bin has the id 3, the vocabulary only 3 tokens'):
+    with one_line('train.bin has the id 3, the vocabulary only 3 tokens'):
         Split([str(tmp_path)], 'train', vocab_size=3)
 
 
 def test_the_fingerprint_is_of_the_tokens_and_where_conversations_begin(tmp_path):
-    for name, lengths, ids, seed in (
-            ('a', (2, 3), 1, 0), ('b', (2, 3), 1, 3), ('c', (3, 2), 1, 0), ('d', (2, 3), 2, 0)):
-        train = [([ids] * n, [1] * n) for n in lengths]
-        tokenfile.write(str(tmp_path / name), {'train': train}, META | {'seed': seed})
-    a, b, c, d = (tokenfile.fingerprint(tokenfile.read_meta(tmp_path / name)) for name in 'abcd')
-    assert a == b and len({a, c, d}) == 3
+    found = []
+    for lengths, token, seed in (((2, 3), 1, 0), ((2, 3), 1, 3), ((3, 2), 1, 0), ((2, 3), 2, 0)):
+        train = [([token] * n, [1] * n) for n in lengths]
+        meta = tokenfile.write(str(tmp_path), {'train': train}, META | {'seed': seed})
+        found.append(tokenfile.fingerprint(meta))
+    assert found[0] == found[1] and len(set(found)) == 3
