@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-huggingface_hub = pytest.importorskip('huggingface_hub')
+hub = pytest.importorskip('huggingface_hub')
 
 import conftest
 import evaluate
@@ -18,14 +18,13 @@ OASST = {'name': 'oasst2', 'licence': 'Apache-2.0', 'sha256': 'f' * 64, 'bytes':
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory, small):
-    """The folder of a run of two steps on two data sets; one says nothing about its source."""
+    """The folder of a run of a step on two data sets; one says nothing about its source."""
     base = tmp_path_factory.mktemp('card')
     for name in ('talks', 'mine'):
         write_data(base / 'data' / name, small, {'train': [JAPAN], 'val': [JAPAN]})
     meta = base / 'data' / 'talks' / 'meta.json'
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {'source': OASST}))
-    conftest.run(base / 'data', base / 'out', dataset='talks,mine', max_iters=2, eval_interval=1,
-                 batch_size=1, gradient_accumulation_steps=1)
+    conftest.run(base / 'data', base / 'out', dataset='talks,mine', max_iters=1, eval_interval=1)
     return base / 'out'
 
 
@@ -40,15 +39,10 @@ def text_of(run):
     return text_of
 
 
-def front_matter(text):
-    """The YAML at the top, as the hub reads it."""
-    return huggingface_hub.ModelCard(text).data.to_dict()
-
-
 def test_the_card_says_what_the_run_knows(run, text_of):
     text = text_of()
     saved = checkpoint.load(str(run / 'best.pt'))
-    front = front_matter(text)
+    front = hub.ModelCard(text).data.to_dict()  # the YAML at the top
     assert front['license'] == 'other' and front['datasets'] == ['OpenAssistant/oasst2']
     assert front['pipeline_tag'] == 'text-generation' and 'base_model' not in front
     for said in ('# my-model\n', 'trained from scratch', '<user>What is the capital of France?',
@@ -66,7 +60,7 @@ def test_the_card_says_what_the_run_knows(run, text_of):
     (['CC-BY-NC-4.0', None], 'other'), (['mine'], 'other'), ([None], None)])
 def test_the_licence_at_the_top_is_that_of_all_the_data(text_of, licences, front):
     data = [{'source': {'name': 'x', 'licence': licence}} for licence in licences]
-    assert front_matter(text_of(origin={'data': data})).get('license') == front
+    assert hub.ModelCard(text_of(origin={'data': data})).data.license == front
 
 
 @pytest.mark.parametrize('begun, said, base', [
@@ -78,7 +72,7 @@ def test_what_it_began_with(text_of, begun, said, base):
     data = [{'dataset': 'my_*data*', 'source': {'name': '<b>[x](y)|`'}}]
     text = text_of(title='a_b', origin={'init_from': begun, 'data': data})
     assert said in text and 'secret' not in text
-    assert front_matter(text).get('base_model') == base
+    assert hub.ModelCard(text).data.base_model == base
     # Markdown in a name is shown as it is.
     assert '\n# a\\_b\n' in text and '- \\<b\\>\\[x\\](y)\\|\\`; licence' in text
 
@@ -103,4 +97,4 @@ def test_what_nobody_knows_is_said(run):
     text = card.card('x', checkpoint.open_model(str(run))._replace(checkpoint=None), 'float32')
     for said in ('what the model was trained on', 'how the model was trained', 'None were given'):
         assert said in text
-    assert 'license' not in front_matter(text)
+    assert hub.ModelCard(text).data.license is None

@@ -15,8 +15,6 @@ from formats import quiz
 from formats.quiz import Question
 
 QUIZ = [
-    {'question': 'The capital of France?', 'answer': 'It is Paris.', 'wanted': 'Paris',
-     'group': 'forward'},
     {'question': 'And <b>?', 'before': ['Hi', 'Hello.'], 'answer': 'No.', 'group': 'follow-up'},
     {'question': 'Where is Tokyo?', 'wanted': 'Japan', 'country': 'ignored'}]
 
@@ -62,8 +60,8 @@ def test_scores_go_by_group():
 
 
 @pytest.mark.parametrize('content, said', [
-    ('', 'holds no questions'), ('[]', 'line 1'), ('{"question": 3}', 'not a text'),
-    ('{"answer": "x"}', "'question'"), ('{"question": "x"}\n{"question', 'quiz.jsonl line 2')])
+    ('', 'holds no questions'), ('{"question": 3}', 'not a text'), ('{"answer": "x"}', 'question'),
+    ('{"question": "x"}\n{"question', 'quiz.jsonl line 2')])
 def test_a_broken_quiz_is_a_line(tmp_path, content, said):
     (tmp_path / 'quiz.jsonl').write_text(content)
     with one_line(f'{said}.*Expected one JSON object a line'):
@@ -92,7 +90,7 @@ def test_report_and_page_are_the_same_each_time(run, save_model, tmp_path):
         assert abs(found['loss'] - math.log(263)) < 0.2 and found['tokens'] == 5 * 17
         assert found['figures']['loss on responses'] == f"{found['loss']:.4f}"
         assert found['figures']['quiz: exact, follow-up (1)'] == '0.0%'
-        assert found['quiz']['asked'][1]['prompt'] == ['Hi', 'Hello.', 'And <b>?']
+        assert found['quiz']['asked'][0]['prompt'] == ['Hi', 'Hello.', 'And <b>?']
         assert len(found['answers']['asked']) == 5
         assert found['answers']['asked'][1]['expected'] == '<script>answer 1'
     assert '<script' not in page and '&lt;script&gt;answer 1' in page and 'And &lt;b&gt;?' in page

@@ -69,12 +69,10 @@ def test_samples_share_their_prompt_and_the_seed_decides():
 
 @pytest.mark.parametrize('keys, expected', [
     ({}, [0.5, 0.3, 0.15, 0.05]),
-    ({'top_k': 100}, [0.5, 0.3, 0.15, 0.05]),
     ({'top_k': 2}, [0.625, 0.375, 0, 0]),
     ({'top_p': 0.7}, [0.625, 0.375, 0, 0]),
     ({'top_p': 0.01}, [1, 0, 0, 0]),  # the likeliest one always stays
     ({'min_p': 0.2}, [0.526, 0.316, 0.158, 0]),
-    ({'min_p': 1.0}, [1, 0, 0, 0]),
     ({'temperature': 0.0}, [1, 0, 0, 0]),
     ({'temperature': 1e-40}, [1, 0, 0, 0]),
     ({'temperature': 0.5}, [0.685, 0.247, 0.062, 0.007])])
@@ -91,8 +89,9 @@ def pair():
     """(transformers' model, ours) of the same random weights, which repeat themselves."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(1)
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=200,
-                                     n_positions=128, bos_token_id=199, eos_token_id=199)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, n_positions=128, vocab_size=VOCAB_SIZE, bos_token_id=0,
+        eos_token_id=0)
     theirs = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in theirs.parameters():
@@ -106,11 +105,9 @@ def pair():
 def test_penalties_give_the_greedy_tokens_of_transformers(pair, keys):
     """In one batch: each text has its own penalties."""
     theirs, ours = pair
-    torch.manual_seed(2)
-    prompts = [torch.randint(1, 199, (1, 2 + n)) for n in range(10)]
-    asked = [prompt[0].tolist() for prompt in prompts]
-    found = whole(generate(ours, asked, 40, Sampling(temperature=0, **keys)))
+    prompts = prompts_of(*range(2, 12))
+    found = whole(generate(ours, prompts, 40, Sampling(temperature=0, **keys)))
     for prompt, answer in zip(prompts, found, strict=True):
-        wanted = theirs.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0,
-                                 eos_token_id=None, **keys)
-        assert prompt[0].tolist() + answer == wanted[0].tolist()
+        wanted = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False,
+                                 pad_token_id=0, eos_token_id=None, **keys)
+        assert prompt + answer == wanted[0].tolist()
