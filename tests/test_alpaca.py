@@ -56,12 +56,12 @@ def row(**changes):
     return {'instruction': 'f', 'input': '', 'output': 'x'} | changes
 
 
-NONE = ['No input', 'Noinput', '<no input>', 'N/A', 'n/a.', '"<noinput>"', '\\<noinput\\>',
-        ':\n<noinput>', 'No input required.', '<noinput> 8', 'None', '[No Input]']
+NONE = ['No input', 'Noinput', 'n/a.', '"<noinput>"', '\\<noinput\\>', ':\n<noinput>',
+        'No input required.', '<noinput> 8', 'None', '[No Input]', ' \n', None, float('nan')]
 SOMETHING = ['Larry <noinput> the door.', 'No pain, no gain', 'None of the students', 'NASA']
 QUIRKS = [  # (row, the input and output that are kept, or why none is)
-    *[(row(input=text), ('', 'x')) for text in (*NONE, ' \n', None, float('nan'))],
-    *[(row(input=text), (text, 'x')) for text in SOMETHING],
+    *((row(input=text), ('', 'x')) for text in NONE),
+    *((row(input=text), (text, 'x')) for text in SOMETHING),
     (row(output=' y\n'), ('', ' y\n')),  # as published: nothing is stripped
     ({'instruction': 'f', 'context': 'here', 'response': 'y'}, ('here', 'y')),
     (row(output=' \n'), 'empty output'),
@@ -120,9 +120,8 @@ def test_splits_by_position(run, flags, ends, order):
     (ROWS, {'split': '85/10'}, 'expected one of 85/10/5'),
     (ROWS, {'train_rows': 95}, 'more than the 100 rows'),
     (ROWS, {'input': 'no.json'}, 'no.json not found'), ([], {}, 'no conversation can be used'),
-    ('[{"output": "x"', {}, 'cannot be read'), ('{"prompt": "f"}', {}, 'Expected JSON .* of rows'),
-    ([row(output=4)], {}, "record 1 .* found '4', expected text"),
-    ([row(history='q')], {}, 'record 1 .*')])
+    ('{"prompt": "f"}', {}, 'Expected JSON .* of rows'), ([row(history='q')], {}, 'record 1 .*'),
+    ([row(output=4)], {}, "record 1 .* found '4', expected text")])
 def test_mistakes_are_one_line_that_says_what_to_do(run, content, flags, said):
     with one_line(said):
         run(content, **flags)

@@ -30,10 +30,6 @@ def rows(question, answer):
     return [{question: turns[0][1], answer: turns[1][1]} for turns in PAIRS]
 
 
-def json_lines(rows):
-    return ''.join(json.dumps(row) + '\n' for row in rows)
-
-
 def as_csv(rows, delimiter=',', header=str):
     file = io.StringIO(newline='')
     writer = csv.writer(file, delimiter=delimiter)
@@ -56,7 +52,7 @@ XML = """\
 """ * 2
 FROM_XML = [[('user', 'Hi, <user>'), ('assistant', 'Hello\n'), ('user', '1'), ('assistant', '2')]]
 FORMS = {  # name: (the file's content, its conversations, what the script says it is)
-    'lines of every form': (json_lines(EVERY_FORM), LONGER * 3 + PAIRS * 3, 'JSON'),
+    'lines of every form': ('\n'.join(map(json.dumps, EVERY_FORM)), LONGER * 3 + PAIRS * 3, 'JSON'),
     'an array after a BOM': ('\ufeff \n' + json.dumps(OPENAI, indent=1), LONGER, 'JSON'),
     'messages in CSV': (as_csv(IN_CSV), LONGER, 'CSV'),
     "a German Excel's CSV": ('\ufeff' + as_csv(QUESTIONS, ';', str.title), PAIRS, 'CSV'),
@@ -119,7 +115,7 @@ RULES = [  # (messages, what is kept of them, or why nothing is)
 
 
 def test_rules(run):
-    found, meta, _ = run(json_lines([{'messages': said} for said, _ in RULES]))
+    found, meta, _ = run(json.dumps([{'messages': said} for said, _ in RULES]))
     outcomes = [outcome for _, outcome in RULES]
     kept = [talk(outcome) for outcome in outcomes if ':' in outcome]
     assert [messages(turns) for turns in found] == kept
@@ -128,7 +124,7 @@ def test_rules(run):
 
 def test_the_first_message_decides_the_split(tmp_path, run):
     rows = [{'question': f'q{i % 50}', 'answer': f'a{i}'} for i in range(100)]
-    found, _, _ = run(json_lines(rows), '--val_fraction=0.3')
+    found, _, _ = run(json.dumps(rows), '--val_fraction=0.3')
     train = {turns[0][1] for turns in found}
     val = {turns[0].text for turns in read_back(tmp_path / 'out', 'val')}
     assert len(val) > 5 and len(train) + len(val) == 50 and not train & val
@@ -154,7 +150,6 @@ def test_text_is_learned_whole(run, tmp_path, text, flags, documents):
 
 
 @pytest.mark.parametrize('name, content, said', [
-    ('empty.jsonl', '', 'no conversation can be used'),
     ('binary.png', b'\x89PNG\r\n\x1a\n\0\0', 'Expected JSON or CSV'),
     ('text.csv', 'Some words.\nMore.', "the columns 'some words.'"),
     ('open-quote.csv', 'question,answer\na,"b\nc,d\n', 'cannot be read'),
@@ -169,8 +164,8 @@ def test_a_wrong_file_ends_in_one_line(run, name, content, said):
 
 def test_three_commands(script, tmp_path, vocabulary):
     """Prepare, train as the first command says, and talk as the second one says."""
-    rows = [{'question': f'What colour has number {i}?', 'answer': 'Blue.'} for i in range(200)]
-    (tmp_path / 'my.csv').write_text(as_csv(rows))
+    rows = [f'What colour has number {i}?,Blue.\n' for i in range(200)]
+    (tmp_path / 'my.csv').write_text('question,answer\n' + ''.join(rows))
 
     def next_command(done):
         assert done.returncode == 0, done.stderr
@@ -180,8 +175,8 @@ def test_three_commands(script, tmp_path, vocabulary):
                   f'--tokenizer={vocabulary}')
     train = next_command(done)
     assert train[:2] == ['train.py', 'config/finetune_own.py'] and '--dataset=mine' in train
-    done = script(*train, '--init_from=scratch', '--n_layer=1', '--n_head=2', '--n_embd=32',
-                  '--device=cpu')
+    shape = '--init_from=scratch --n_layer=1 --n_head=2 --n_embd=32 --device=cpu'
+    done = script(*train, *shape.split())
     assert '6 steps of 4 rows are 3.43 epochs' in done.stdout
     sample = next_command(done)
     done = script(*sample, '--max_new_tokens=9', input='What colour has number 7?\nAnd 8?\n')

@@ -2,7 +2,6 @@
 
 To add a template takes one object in TEMPLATES: two new ones, in NEW, are tested with ours.
 """
-import json
 from itertools import takewhile
 from types import SimpleNamespace
 
@@ -114,22 +113,6 @@ def test_a_conversation_reads_back_as_it_went_in(template):
 def test_half_a_surrogate_pair_makes_no_ids_at_all(template):
     with pytest.raises(ValueError):
         encode([Turn('user', 'a \ud800'), Turn('assistant', 'x')], BPE, template)
-
-
-@pytest.mark.parametrize('template', NEW, indirect=True)
-def test_transformers_gives_the_ids_of_a_new_template(template, small):
-    transformers = pytest.importorskip('transformers')
-    tokenizers = pytest.importorskip('tokenizers')
-    chat_template = pytest.importorskip('formats.chat_template')
-    whole = tokenizers.Tokenizer.from_str(json.dumps(chat_template.tokenizer_json(small)))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=whole)
-    theirs.chat_template = chat_template.chat_template(template, small)
-    turns = [Turn('user', 'Add </user>'), Turn('assistant', ' Bot: {text}')]
-    messages = [{'role': turn.role, 'content': turn.text} for turn in turns]
-    found = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
-    ids, mask, _ = encode(turns, small, template)
-    assert found['input_ids'] == ids.tolist()
-    assert found['assistant_masks'] == mask.tolist()
 
 
 def test_nobody_gets_a_turn_that_is_not_theirs(monkeypatch, capsys):
