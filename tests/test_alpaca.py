@@ -11,9 +11,12 @@ from conftest import ROOT, SHARED, one_line, read_back
 from core import tokenfile
 from data.alpaca import prepare
 
-ROWS = []
-for i in range(100):
-    ROWS.append({'instruction': f'Name thing {i % 60}', 'input': '', 'output': f'It is {i}.'})
+
+def row(**changes):
+    return {'instruction': 'f', 'input': '', 'output': 'x'} | changes
+
+
+ROWS = [row(instruction=f'Name thing {i % 60}', output=f'It is {i}.') for i in range(100)]
 
 
 @pytest.fixture
@@ -48,12 +51,7 @@ def test_published_files(run, capsys, gpt2, file, flags, sizes, recipe):
     meta = run(ROWS, tokenizer='gpt2', input=path, **flags)
     assert [counts['conversations'] for counts in meta['splits'].values()] == sizes
     assert meta['dropped'] == ({'empty output': 28} if recipe == 'alpaca' else {})
-    said = capsys.readouterr()
-    assert f'python train.py config/finetune_{recipe}.py' in said.out and 'licence' in said.err
-
-
-def row(**changes):
-    return {'instruction': 'f', 'input': '', 'output': 'x'} | changes
+    assert f'python train.py config/finetune_{recipe}.py' in capsys.readouterr().out
 
 
 NONE = ['No input', 'Noinput', 'n/a.', '"<noinput>"', '\\<noinput\\>', ':\n<noinput>',

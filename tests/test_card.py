@@ -56,8 +56,8 @@ def test_the_card_says_what_the_run_knows(run, text_of):
 
 
 @pytest.mark.parametrize('licences, front', [
-    (['Apache-2.0'], 'apache-2.0'), (['MIT', 'MIT'], 'mit'), (['MIT', 'Apache-2.0'], 'other'),
-    (['CC-BY-NC-4.0', None], 'other'), (['mine'], 'other'), ([None], None)])
+    (['MIT', 'MIT'], 'mit'), (['MIT', 'Apache-2.0'], 'other'), (['CC-BY-NC-4.0', None], 'other'),
+    (['mine'], 'other'), ([None], None)])
 def test_the_licence_at_the_top_is_that_of_all_the_data(text_of, licences, front):
     data = [{'source': {'name': 'x', 'licence': licence}} for licence in licences]
     assert hub.ModelCard(text_of(origin={'data': data})).data.license == front
@@ -85,12 +85,9 @@ def test_scores_of_a_report_are_those_of_this_model(run, text_of, tmp_path):
     result = json.loads(report.read_text())['models'][0]
     assert f"| loss on responses | {result['loss']:.4f} |" in text
     assert '| answers: stops by itself |' in text
-    other = json.dumps({'models': [result | {'description': 'gpt2'}]})
-    for content, said in ((other, 'is about gpt2, not about .* Run: python evaluate.py'),
-                          ('{}', 'Expected the report.json of evaluate.py')):
-        report.write_text(content)
-        with one_line(said):
-            text_of(report)
+    report.write_text(json.dumps({'models': [result | {'description': 'gpt2'}]}))
+    with one_line('is about gpt2, not about .* Run: python evaluate.py'):
+        text_of(report)
 
 
 def test_what_nobody_knows_is_said(run):

@@ -1,6 +1,7 @@
 """What the documents name exists: files, names in a file, and tests by a part of their name."""
 import glob
 import os
+import pathlib
 import re
 
 import pytest
@@ -17,9 +18,7 @@ TESTS = re.compile(r'pytest (tests/\w+\.py) -k "?([a-z_ ]+)')
 
 
 def read(path):
-    """The text of a file of the repository."""
-    with open(os.path.join(REPOSITORY, path), encoding='utf-8') as file:
-        return file.read()
+    return pathlib.Path(REPOSITORY, path).read_text()
 
 
 @pytest.mark.parametrize('document', DOCUMENTS)

@@ -36,14 +36,13 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize('text, wanted', [
-    ('The capital of France is Paris.', 'Paris'), ('paris!', 'Paris'),
-    ('It is D.C. I say.', 'I say'), ('It is Paris, a city. Lyon is not.', 'Paris'),
-    ("It is St. John's. No more.", "St. John's")])
-def test_right_is_the_name_in_the_first_sentence(text, wanted):
-    assert quiz.is_right(text, wanted)
-    for ramble in ('', 'I do not know. It may be Paris.', 'Well.\nParis', 'Parisian life is nice.'):
-        assert not quiz.is_right(ramble, 'Paris')
+@pytest.mark.parametrize('text, wanted, right', [
+    ('paris!', 'Paris', True), ('It is Paris, a city. Lyon is not.', 'Paris', True),
+    ('It is D.C. I say.', 'I say', True), ("It is St. John's. No more.", "St. John's", True),
+    ('', 'Paris', False), ('I do not know. It may be Paris.', 'Paris', False),
+    ('Well.\nParis', 'Paris', False), ('Parisian life is nice.', 'Paris', False)])
+def test_right_is_the_name_in_the_first_sentence(text, wanted, right):
+    assert quiz.is_right(text, wanted) == right
 
 
 def test_scores_go_by_group():

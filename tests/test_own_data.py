@@ -85,14 +85,13 @@ def test_every_conversation_reads_back_as_it_went_in(run, content, expected, for
         assert found == expected and f'my.data holds {form}' in said
 
 
+ROLES = {'s': 'system', 'd': 'developer', 'u': 'user', 'a': 'assistant', 't': 'tool'}
+
+
 def talk(text):
-    """Messages in short: 's:Be kind. u:Hi a:Hello'."""
-    names = {'s': 'system', 'd': 'developer', 'u': 'user', 'a': 'assistant', 't': 'tool'}
-    found = []
-    for part in text.split(' '):
-        who, _, words = part.partition(':')
-        found.append({'role': names[who], 'content': words.replace('_', ' ')})
-    return found
+    """Messages in short: 's:Be_kind. u:Hi a:Hello'."""
+    turns = [part.replace('_', ' ').split(':') for part in text.split(' ')]
+    return messages(turns, **ROLES)
 
 
 CALL = {'role': 'assistant', 'content': 'x', 'tool_calls': [{'id': 'x'}]}
