@@ -1,5 +1,4 @@
 """What the tests share. They need no network; what a machine lacks is skipped with a reason."""
-import csv
 import dataclasses
 import hashlib
 import json
@@ -24,6 +23,7 @@ import tokenizers
 import torch
 from torch.utils import _pytree
 
+import export
 import train
 from configurator import UserError
 from core import checkpoint, conversation, readback, runlog, tokenfile, tokenizer
@@ -73,9 +73,8 @@ def learn(tmp_path_factory):
         folder = tmp_path_factory.mktemp('vocabulary')
         bpe = tokenizers.ByteLevelBPETokenizer()
         bpe.train_from_iterator(texts, vocab_size, min_frequency=0, show_progress=False)
-        bpe.save(str(folder / 'tokenizer.json'))
-        content = json.loads((folder / 'tokenizer.json').read_text())
-        state = read_vocabulary('small', content).state()
+        (folder / 'tokenizer.json').write_text(bpe.to_str())
+        state = read_vocabulary('small', json.loads(bpe.to_str())).state()
         (folder / 'vocabulary.json').write_text(json.dumps(state))
         return str(folder)
     return run
@@ -155,12 +154,12 @@ def tiny(**changes):
 class Conversations:
     """A stand-in for tokenfile.Split: random conversations of these lengths."""
 
-    def __init__(self, lengths, vocab_size=VOCAB_SIZE):
+    def __init__(self, lengths):
         rng = np.random.default_rng(0)
         self.lengths = np.array(lengths)
         self.found = []
         for n in lengths:
-            ids = rng.integers(0, vocab_size, n).astype(np.uint16)
+            ids = rng.integers(0, VOCAB_SIZE, n).astype(np.uint16)
             mask = (rng.random(n) < 0.6).astype(np.uint8)
             mask[-1] = 1
             self.found.append((ids, mask))
@@ -256,8 +255,7 @@ def whole(data, tmp_path_factory):
 
 def log_of(out_dir):
     """log.csv without its column of time."""
-    with open(os.path.join(out_dir, 'log.csv'), newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = runlog.read(out_dir)
     for row in rows:
         del row['tokens_per_s']
     return rows
@@ -287,6 +285,13 @@ def assert_near(one, two):
     for a, b in zip(log_of(one), log_of(two), strict=True):
         for column in ('step', 'loss', 'val_loss'):
             assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), abs=1e-4), (a, b)
+
+
+def exported(source, out, **keys):
+    """The folder that export.py writes in this process."""
+    keys = {'init_from': source, 'out': out} | keys
+    export.main([f'--{key}={value}' for key, value in keys.items()])
+    return pathlib.Path(out)
 
 
 def one_line(said):

@@ -1,7 +1,6 @@
 """An exported folder: transformers reads in it what we have, id for id, and we read it back."""
 import json
 import os
-import pathlib
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from jinja2.exceptions import TemplateError
 
 import export
 import sample
-from conftest import TEXTS, assert_same_bits, one_line
+from conftest import TEXTS, assert_same_bits, exported, one_line
 from core import checkpoint, conversation, readback
 from core import tokenizer as tokenizers
 from core.conversation import TEMPLATES
@@ -29,13 +28,6 @@ PIECES = [*TAGS, END_OF_TEXT, '<', '<user', '</', '|>', '### Response:', '### In
           '{{ x }}', '{%', "'", '\\n', '\0', 'e\u0301', '🙂', '\ufeff', '\ufdd2']
 TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=7).map(''.join)
 TEXT = TEXT.filter(lambda text: not {chat_template.BREAK, chat_template.JOINT} & set(text))
-
-
-def exported(source, out, **keys):
-    """The folder that export.py writes in this process."""
-    keys = {'init_from': source, 'out': out} | keys
-    export.main([f'--{key}={value}' for key, value in keys.items()])
-    return pathlib.Path(out)
 
 
 @pytest.fixture(scope='session')

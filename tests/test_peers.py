@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import evaluate
-import export
-from configurator import UserError
+from conftest import exported, one_line
 from core import checkpoint, conversation, readback
 from core.conversation import Turn
 from core.tokenizer import Tokenizer
@@ -17,13 +16,6 @@ JAPAN = 'What is the capital of Japan?'
 FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'},
           {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
 WHY = 'pip install -r requirements-export.txt'
-
-
-def exported(source, out, **keys):
-    """Run export.py in this process; returns the folder."""
-    keys = {'init_from': source, 'out': out} | keys
-    export.main([f'--{key}={value}' for key, value in keys.items()])
-    return str(out)
 
 
 @pytest.fixture(scope='session')
@@ -40,7 +32,7 @@ def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, small, sa
     if template == 'plain':
         bpe = Tokenizer('plain', small.tokens, tags=False)
         source = save_model(tmp_path / 'out', bpe, template)
-    folder = exported(source, tmp_path / 'my')
+    folder = str(exported(source, tmp_path / 'my'))
     config = trl.SFTConfig(
         output_dir=str(tmp_path / 'trl'), max_steps=1, per_device_train_batch_size=2,
         assistant_only_loss=True, max_length=64, report_to='none', save_strategy='no',
@@ -60,14 +52,13 @@ def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, small, sa
 
 
 def test_llama_cpp_answers_as_we_do(tuned, tmp_path):
-    """It has our ids, text and stops."""
     pytest.importorskip('gguf', reason=WHY)
     llama_cpp = pytest.importorskip('llama_cpp', reason=WHY)
-    path = exported(tuned, tmp_path / 'my', gguf=True) + '/model.gguf'
+    path = exported(tuned, tmp_path / 'my', gguf=True) / 'model.gguf'
     opened = checkpoint.open_model(tuned)
     bpe = opened.tokenizer
     window = opened.model.config.block_size
-    llama = llama_cpp.Llama(path, n_ctx=window, n_threads=1, verbose=False)
+    llama = llama_cpp.Llama(str(path), n_ctx=window, n_threads=1, verbose=False)
     assert llama.n_vocab() == bpe.vocab_size
     for text in (JAPAN, 'It\'s "12" words;\n\n  done ', 'Grüße! こんにちは 🙂'):
         ids = conversation.prompt([Turn('user', text)], bpe, opened.template)
@@ -92,7 +83,7 @@ def test_llama_cpp_answers_as_we_do(tuned, tmp_path):
 def test_the_gguf_file_holds_our_weights_and_tokens(tuned, tmp_path, dtype):
     gguf = pytest.importorskip('gguf', reason=WHY)
     folder = exported(tuned, tmp_path / 'my', gguf=True, dtype=dtype)
-    reader = gguf.GGUFReader(os.path.join(folder, 'model.gguf'))
+    reader = gguf.GGUFReader(folder / 'model.gguf')
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     opened = checkpoint.open_model(tuned)
     bpe = opened.tokenizer
@@ -111,9 +102,9 @@ def test_the_gguf_file_holds_our_weights_and_tokens(tuned, tmp_path, dtype):
 def test_gguf_cannot_be_had_without_its_package_or_of_the_exact_gelu(
         tuned, tmp_path, monkeypatch, small, save_model):
     exact = save_model(tmp_path / 'exact', small, gelu='none')
-    with pytest.raises(UserError, match='exact GELU'):
+    with one_line('exact GELU'):
         exported(exact, tmp_path / 'my', gguf=True)
     monkeypatch.setitem(sys.modules, 'gguf', None)
-    with pytest.raises(UserError, match=WHY):
+    with one_line(WHY):
         exported(tuned, tmp_path / 'my', gguf=True)
     assert os.listdir(tmp_path) == ['exact']
