@@ -1,14 +1,13 @@
 """What formats/convert.py makes: other vocabularies, weights in parts, nanoGPT's files."""
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import sample
-from configurator import UserError
 from conftest import TEXTS, Payload, one_line
 from core import checkpoint, pretrained, tokenfile, tokenizer
 from core.tokenizer import END_OF_TEXT, TAGS, Tokenizer
@@ -24,11 +23,7 @@ def of_its_size(monkeypatch):
     """A vocabulary of as many tokens as GPT-2's: pairs of bytes, which is on every machine."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [bytes([i // 256, i % 256]) for i in range(50_000)]
-    load = convert.tokenizers.load
-
-    def load_stand_in(name, tags=True):
-        return Tokenizer('gpt2', tokens, tags) if name == 'gpt2' else load(name, tags)
-    monkeypatch.setattr(convert.tokenizers, 'load', load_stand_in)
+    monkeypatch.setattr(convert.tokenizers, 'load', partial(Tokenizer, tokens=tokens))
 
 
 def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
@@ -57,6 +52,8 @@ def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
     (50304, True, '', True), (50304, False, '_orig_mod.', False), (50257, False, '', True)])
 def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix, tags):
     theirs = ckpt(tmp_path, vocab_size, bias, prefix)
+    with one_line('python formats/convert.py --input=.*ckpt.pt'):
+        checkpoint.open_model(str(tmp_path))
     convert.main([f'--input={tmp_path}/ckpt.pt', f'--out_dir={tmp_path}/my', f'--tags={tags}'])
     opened = checkpoint.open_model(str(tmp_path / 'my'))
     n = opened.tokenizer.vocab_size
@@ -66,19 +63,6 @@ def test_the_logits_are_nanogpts(tmp_path, of_its_size, vocab_size, bias, prefix
     idx = torch.cat([torch.tensor([[n - 1]]), torch.randint(0, n, (1, 14))], 1)
     expected = theirs(idx).logits[..., :n]
     assert (opened.model(idx) - expected).abs().max() < 1e-4
-    opened.model.config.gelu = 'tanh'  # the test can tell one GELU from the other
-    assert (opened.model(idx) - expected).abs().max() > 1e-4
-
-
-def test_the_command_of_the_error_leads_to_text(tmp_path, gpt2, script, capsys):
-    ckpt(tmp_path)
-    with one_line('python formats/convert.py --input=.*ckpt.pt'):
-        sample.main([f'--init_from={tmp_path}', '--start=Hi'])
-    found = script('formats/convert.py', '--input=ckpt.pt', '--out_dir=my')
-    assert found.returncode == 0 and 'sample.py --init_from=my' in found.stdout, found.stderr
-    capsys.readouterr()
-    sample.main([f'--init_from={tmp_path}/my', '--start=Hi', '--max_new_tokens=4', '--device=cpu'])
-    assert capsys.readouterr().out.startswith('Hi')
 
 
 @pytest.mark.parametrize('changes, said', [
@@ -88,9 +72,8 @@ def test_the_command_of_the_error_leads_to_text(tmp_path, gpt2, script, capsys):
 def test_one_that_cannot_be_converted_is_a_line(tmp_path, of_its_size, changes, said, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ckpt(tmp_path, **changes)
-    with pytest.raises(UserError) as error:
+    with one_line(said):
         convert.main(['--input=ckpt.pt', '--out_dir=my'])
-    assert said in str(error.value) and '\n' not in str(error.value)
     assert os.listdir(tmp_path) == ['ckpt.pt']  # nothing was written, and no code in it was run
 
 
@@ -103,7 +86,7 @@ def test_a_data_folder_is_torn_into_windows(tmp_path, gpt2):
     assert [split[i][0].tolist() for i in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert split.n_supervised.tolist() == [3, 3, 1] and tokenfile.read_meta(out)
     (tmp_path / 'meta.pkl').touch()
-    with pytest.raises(UserError, match='train.bin cannot be read: ValueError another vocabulary'):
+    with one_line('train.bin cannot be read: ValueError another vocabulary'):
         convert.main([f'--input={tmp_path}', f'--out_dir={out}'])
 
 

@@ -1,6 +1,4 @@
-"""core/files.py: files are read safely and written whole, by one process at a time."""
-import functools
-import io
+"""core/files.py: files are written whole, by one process at a time. For reading see hostile_files."""
 import os
 import signal
 import subprocess
@@ -8,41 +6,9 @@ import sys
 
 import pytest
 
-from configurator import UserError
-from conftest import ROOT, one_line, run
+from conftest import ROOT, one_line
 from core import tokenfile
-from core.files import Bar, only_writer, reading, write_whole
-
-
-@pytest.mark.parametrize('error, said', [
-    (FileNotFoundError(2, 'No such file or directory'), 'x.json not found. Expected JSON.'),
-    (KeyError('key'), "x.json cannot be read: KeyError 'key'. Expected JSON."),
-    (ValueError('two\n lines'), 'x.json cannot be read: ValueError two lines. Expected JSON.'),
-    (UserError('said already'), 'said already'), (KeyboardInterrupt(), '')])
-def test_whatever_a_reader_raises_is_one_line(error, said):
-    with pytest.raises((UserError, KeyboardInterrupt)) as found:
-        with reading('x.json', 'Expected JSON.'):
-            raise error
-    assert str(found.value) == said
-
-
-FULL = OSError(28, 'No space left on device')
-HIDDEN = RuntimeError('unexpected pos 704 vs 598')  # torch.save's way to say so
-HIDDEN.__context__ = FULL
-
-
-@pytest.mark.parametrize('error, kind, said', [
-    (FULL, UserError, 'cannot write .*/file: .*No space left on device.'),
-    (HIDDEN, UserError, 'cannot write .*/file: .*No space left on device.'),
-    (KeyboardInterrupt('Ctrl-C'), KeyboardInterrupt, 'Ctrl-C')])
-def test_a_write_that_fails_changes_nothing(tmp_path, error, kind, said):
-    path = tmp_path / 'file'
-    path.write_text('before')
-    with pytest.raises(kind, match=said):
-        with write_whole(str(path)) as file:
-            file.write('half')
-            raise error
-    assert path.read_text() == 'before' and os.listdir(tmp_path) == ['file']
+from core.files import only_writer, write_whole
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='/proc is of Linux')
@@ -60,16 +26,13 @@ def test_files_are_on_the_disk_before_their_names_and_meta_comes_last(tmp_path, 
     monkeypatch.setattr(os, 'fsync', spy_fsync)
     monkeypatch.setattr(os, 'replace', spy_replace)
     tokenfile.write(str(tmp_path), {'train': [([1, 2], [0, 1])]}, {})
-    names = ['train.bin', 'train.mask.bin', 'train.idx.bin', 'meta.json']
-    expected = []
-    for name in names:
-        expected += [f'flush {name}.tmp', f'rename to {name}', f'flush {tmp_path.name}']
-    assert found == expected
-    found.clear()
     with write_whole(str(tmp_path / 'file')) as file:
         file.write('größe\n\r\n')
     assert (tmp_path / 'file').read_bytes() == 'größe\n\r\n'.encode()
-    assert found == ['flush file.tmp', 'rename to file', f'flush {tmp_path.name}']
+    expected = []
+    for name in ('train.bin', 'train.mask.bin', 'train.idx.bin', 'meta.json', 'file'):
+        expected += [f'flush {name}.tmp', f'rename to {name}', f'flush {tmp_path.name}']
+    assert found == expected
 
 
 HOLD = """
@@ -102,16 +65,3 @@ def test_a_second_writer_says_so_until_the_first_is_gone_though_its_workers_live
             assert BUSY in done.stderr
     finally:
         os.kill(worker, signal.SIGKILL)
-
-
-def test_training_is_shown_below_its_lines(monkeypatch, capsys, data, tmp_path, no_pictures):
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    impatient = functools.partialmethod(Bar.__init__, delay=0, mininterval=0)
-    monkeypatch.setattr(Bar, '__init__', impatient)
-    monkeypatch.setattr(sys, 'stderr', terminal)
-    run(data, tmp_path, max_iters=4, lr_decay_iters=4)
-    shown = terminal.getvalue()
-    assert 'training:  50%' in shown and 'evaluating: 100%' in shown
-    printed = capsys.readouterr().out
-    assert 'step 4/4 | loss' in printed and 'training:' not in printed
