@@ -153,10 +153,12 @@ def tiny(**changes):
 
 class Conversations:
     """A stand-in for tokenfile.Split: random conversations of these lengths."""
+    name = 'train'
 
     def __init__(self, lengths):
         rng = np.random.default_rng(0)
         self.lengths = np.array(lengths)
+        self.n_supervised = self.lengths // 2  # nearly
         self.found = []
         for n in lengths:
             ids = rng.integers(0, VOCAB_SIZE, n).astype(np.uint16)
@@ -164,8 +166,18 @@ class Conversations:
             mask[-1] = 1
             self.found.append((ids, mask))
 
+    def __len__(self):
+        return len(self.found)
+
     def __getitem__(self, i):
         return self.found[i]
+
+
+def checkpoint_of(model, bpe, template='xml', step=0, **changes):
+    """A Checkpoint of the model, without what only resuming needs."""
+    return checkpoint.Checkpoint(
+        model=model.state_dict(), model_args=dataclasses.asdict(model.config), template=template,
+        tokenizer=bpe.state(), config={'max_iters': step}, step=step, val_loss=1.25, **changes)
 
 
 @pytest.fixture(scope='session')
@@ -185,10 +197,7 @@ def save_model():
             torch.nn.functional.cross_entropy(logits[learned], ids[1:][learned]).backward()
             optimizer.step()
         os.makedirs(folder)
-        saved = checkpoint.Checkpoint(
-            model=model.state_dict(), model_args=dataclasses.asdict(model.config),
-            template=template, tokenizer=bpe.state(), config={'max_iters': steps}, step=steps,
-            val_loss=1.25)
+        saved = checkpoint_of(model, bpe, template, steps)
         checkpoint.save(saved, os.path.join(folder, 'ckpt.pt'))
         return str(folder)
     return run

@@ -6,7 +6,6 @@ Prints what each case did, as a line of JSON. torch looks for devices only once 
 """
 import ctypes
 import json
-import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -14,21 +13,18 @@ from types import SimpleNamespace
 
 ctypes.CDLL(sys.argv[1])  # before torch looks for devices
 
-import numpy as np
 import torch
 import torch._dynamo  # while torch.Generator is still a type, see main
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+import conftest
 import train
 from core.decoding_weights import prepare
 from core.generate import Sampling, generate
 from core.processes import Processes
 from core.rows import Rows
 from core.trainer import Trainer
-from model import GPT, GPTConfig
 from web.batching import Batch, Request
 
 
@@ -86,24 +82,10 @@ def gpu(capability):
 
 def make_model(n_layer):
     """A real model on the CPU; its weights lose their values when they are moved to the GPU."""
-    model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=32, block_size=32, vocab_size=200))
+    model = conftest.tiny(n_layer=n_layer)
     for block in model.transformer.h:  # transposed views, as those of transformers' files are
         block.mlp.c_fc.weight.data = block.mlp.c_fc.weight.data.t().contiguous().t()
     return model
-
-
-class Split:
-    """Five conversations of 5 to 30 tokens."""
-    name = 'train'
-    lengths = np.array([5, 9, 17, 8, 30])
-    n_supervised = lengths - 2
-
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, i):
-        ids = np.arange(self.lengths[i], dtype=np.uint16)
-        return ids, (ids >= 2).astype(np.uint8)
 
 
 def train_step(model, record, dtype):
@@ -112,7 +94,7 @@ def train_step(model, record, dtype):
                           dtype=dtype, max_iters=9, dropout=0.1)
     state = SimpleNamespace(step=0, optimizer=None)
     opened = SimpleNamespace(model=model, checkpoint=state, description='')
-    rows = Rows(Split(), 32, seed=1)
+    rows = Rows(conftest.Conversations([5, 9, 17, 8, 30]), 32, seed=1)
     trainer = Trainer(config, Processes(0, 1, 'cuda'), opened, rows, rows)
     trainer.model.train()
     request = SimpleNamespace(asked=False)
@@ -126,8 +108,7 @@ def train_step(model, record, dtype):
 def write(model, record, dtype):
     """Four tokens of answers to prompts of different and of equal lengths."""
     prepare(model, 'cuda', dtype)
-    sampled = Sampling(top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1,
-                       no_repeat_ngram_size=2)
+    sampled = Sampling(1.0, 5, 0.9, 0.1, 1.1, 2)  # in every way
     for sampling in (sampled, Sampling(temperature=0)):
         record.facts()
         list(generate(model, [[1, 2], [3, 4, 5], [6, 7]], 4, sampling, num_samples=2))

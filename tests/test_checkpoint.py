@@ -1,5 +1,4 @@
 """Checkpoints and model folders: safe to open, and refused in one line if they are damaged."""
-import dataclasses
 import json
 import os
 import pickle
@@ -8,36 +7,20 @@ import shutil
 import pytest
 import torch
 
-from configurator import UserError
-from conftest import Payload, assert_same_bits
+from conftest import BYTES, Payload, assert_same_bits, checkpoint_of, one_line, tiny
 from core import checkpoint, tokenfile, tokenizer
-from core.tokenizer import Tokenizer
-from model import GPT, GPTConfig
-
-BPE = Tokenizer('tiny', [*(bytes([b]) for b in range(256)), b'ab', b'abc'], tags=True)
 
 
 def make():
     """A Checkpoint of a tiny model."""
-    torch.manual_seed(0)
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=BPE.vocab_size)
-    model = GPT(shape)
-    return checkpoint.Checkpoint(
-        model=model.state_dict(), model_args=dataclasses.asdict(shape), template='xml',
-        tokenizer=BPE.state(), config={'seed': 1}, step=7, val_loss=1.25, data=['x'])
-
-
-def refused(folder, said):
-    """Opening the folder ends in one line."""
-    with pytest.raises(UserError, match=said) as error:
-        checkpoint.open_model(str(folder))
-    assert '\n' not in str(error.value)
+    model = tiny(n_layer=1, n_embd=16, block_size=32, vocab_size=BYTES.vocab_size)
+    return checkpoint_of(model, BYTES, step=7, data=['x'])
 
 
 def test_a_checkpoint_reads_back(tmp_path):
     checkpoint.save(make(), tmp_path / 'ckpt.pt')
     opened = checkpoint.open_model('resume', str(tmp_path), which='best')
-    assert opened.template == 'xml' and opened.tokenizer.tokens == BPE.tokens
+    assert opened.template == 'xml' and opened.tokenizer.tokens == BYTES.tokens
     assert opened.description == f'{tmp_path}/ckpt.pt (step 7, val_loss 1.2500)'
     assert_same_bits(vars(opened.checkpoint), vars(make()))
     assert_same_bits(dict(opened.model.state_dict()), dict(make().model))
@@ -55,7 +38,7 @@ def test_the_run_saved_last_is_found_in_the_folder_or_below(tmp_path):
     for folder in folders:
         assert checkpoint.find(str(tmp_path)) == str(folder / 'ckpt.pt')
         (folder / 'ckpt.pt').unlink()
-    with pytest.raises(UserError, match='ckpt.pt not found.*--out_dir=FOLDER'):
+    with one_line('ckpt.pt not found.*--out_dir=FOLDER'):
         checkpoint.open_model('resume', str(tmp_path))
 
 
@@ -73,18 +56,17 @@ NOT_FINITE = make().model | {'transformer.wpe.weight': torch.eye(32, 16).log()}
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, key, to, said):
     contents = vars(make()) | {key: to}
     torch.save(contents, tmp_path / 'ckpt.pt')
-    refused(tmp_path, said)
+    with one_line(said):
+        checkpoint.open_model(str(tmp_path))
     del contents[key]
     torch.save(contents, tmp_path / 'ckpt.pt')
-    refused(tmp_path, f'{key}.* Expected a checkpoint')
-
-
-def open_split(folder):
-    tokenfile.Split([folder], 'train')
+    with one_line(f'{key}.* Expected a checkpoint'):
+        checkpoint.open_model(str(tmp_path))
 
 
 @pytest.mark.parametrize('name, read', [
-    ('train.bin', open_split), ('meta.json', open_split), ('vocabulary.json', tokenizer.load),
+    ('train.bin', lambda folder: tokenfile.Split([folder], 'train')),
+    ('meta.json', tokenfile.read_meta), ('vocabulary.json', tokenizer.load),
     ('config.json', checkpoint.open_model), ('model.safetensors', checkpoint.open_model),
     ('pytorch_model.bin', checkpoint.open_model), ('ckpt.pt', checkpoint.open_model)])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, read):
@@ -92,11 +74,11 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, name, read):
     payload = Payload(str(proof))
     torch.save(vars(make()) | {'step': payload}, tmp_path / 'torch')
     tokenfile.write(str(tmp_path), {'train': [([1, 2, 3, 4], [0, 1, 1, 0])]},
-                    {'template': 'xml', 'tokenizer': BPE.state()})
+                    {'template': 'xml', 'tokenizer': BYTES.state()})
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2", "n_embd": 16}')
     for planted in (pickle.dumps(payload), (tmp_path / 'torch').read_bytes()):
         (tmp_path / name).write_bytes(planted)
-        with pytest.raises(UserError, match=r'^[^\n]*\Z'):
+        with one_line(''):
             read(str(tmp_path))
         assert not proof.exists()
     pickle.loads(pickle.dumps(payload))  # it does run if somebody lets it
@@ -126,4 +108,5 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(gpt2, folder, tmp_path, chan
     folder = shutil.copytree(folder, tmp_path / 'model')
     config = json.loads((folder / 'config.json').read_text()) | changes
     (folder / 'config.json').write_text(json.dumps(config))
-    refused(folder, said)
+    with one_line(said):
+        checkpoint.open_model(str(folder))

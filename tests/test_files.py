@@ -1,4 +1,4 @@
-"""core/files.py: files are written whole, by one process at a time. For reading see hostile_files."""
+"""core/files.py: files are written whole, by one process at a time."""
 import os
 import signal
 import subprocess

@@ -16,19 +16,17 @@ from dataclasses import dataclass
 from typing import Literal
 from unittest import mock
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from conftest import BYTES, checkpoint_of, read_back, tiny  # puts the repository on the path
 import configurator
 from configurator import Count, Natural, UserError
 from core import checkpoint, tokenfile, tokenizer
 from core.generate import Sampling, generate
-from core.readback import decode
 from data.oasst import prepare as oasst
-from model import GPT, GPTConfig
 
 # The file that is damaged, of those that make() writes.
 TARGETS = {'oasst': 'trees.jsonl', 'checkpoint': 'ckpt.pt'}
-SMALL = tokenizer.Tokenizer('small', [*(bytes([b]) for b in range(256)), b'ab', b' t'], tags=True)
 PIECES = [b'', b'\n', b'"', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
 VALUES = [None, True, -1, 0.5, float('nan'), '', '\0', '\ud800', '\n', [], {}, [None], {'': None}]
 
@@ -50,10 +48,7 @@ def damage_value(value, rng):
 
 
 def damage(data, rng):
-    """The data with something overwritten, inserted, left out, or cut off.
-
-    In a file of JSON lines it is mostly a value that is replaced.
-    """
+    """The data with a JSON value replaced, or bytes overwritten, inserted, left out or cut off."""
     if data[:1] == b'{' and rng.random() < 0.7:
         lines = data.splitlines()
         i = rng.randrange(len(lines))
@@ -77,11 +72,8 @@ def make(target):
         for name in 'uvw':
             tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
             print(json.dumps(tree), file=file)
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=4, block_size=8, vocab_size=SMALL.vocab_size)
-    saved = checkpoint.Checkpoint(
-        model=dict(GPT(shape).state_dict()), model_args=vars(shape), template='xml',
-        tokenizer=SMALL.state(), config={}, step=3, val_loss=1.5)
-    checkpoint.save(saved, 'ckpt.pt')
+    model = tiny(n_layer=1, n_embd=4, block_size=8, vocab_size=BYTES.vocab_size)
+    checkpoint.save(checkpoint_of(model, BYTES), 'ckpt.pt')
     with open(TARGETS[target], 'rb') as file:
         return file.read()
 
@@ -90,7 +82,7 @@ def read_oasst():
     """Whole token files that read back and whose counts add up, or those of before, untouched."""
     before = {path: os.stat(path).st_ino for path in glob.glob('out/*')}
     try:
-        with mock.patch.object(tokenizer, 'load', return_value=SMALL):
+        with mock.patch.object(tokenizer, 'load', return_value=BYTES):
             oasst.main(['--input=trees.jsonl', '--out_dir=out'])
     except UserError:
         assert before == {path: os.stat(path).st_ino for path in glob.glob('out/*')}
@@ -98,16 +90,16 @@ def read_oasst():
     meta = tokenfile.read_meta('out')
     n = 0
     for name in meta['splits']:
-        split = tokenfile.Split(['out'], name)
-        n += len(split)
-        assert all(decode(*split[i], SMALL, meta['template']) for i in range(len(split)))
+        talks = read_back('out', name)
+        assert all(talks)
+        n += len(talks)
     assert n == meta['kept'] == meta['seen'] - sum(meta['dropped'].values()) > 0
 
 
 def read_checkpoint():
     opened = checkpoint.open_model('.')
-    model = opened.model.float().eval()
-    next(generate(model, [[opened.tokenizer.end_of_text]], 1, Sampling(temperature=0)))
+    prompt = [opened.tokenizer.end_of_text]
+    next(generate(opened.model.float().eval(), [prompt], 1, Sampling(temperature=0)))
 
 
 def check(target, data, number):

@@ -34,9 +34,6 @@ from configurator import Count, Natural, UserError
 from core import checkpoint, runlog
 from core.conversation import Turn
 
-OPERATIONS = ('open', 'os.rename', 'os.remove')  # as Python's audit hooks name them
-LIMIT_S = 600  # a life that takes longer hangs
-
 
 @dataclass(frozen=True)
 class Config:
@@ -61,11 +58,10 @@ def start(config, out_dir, die_at=0):
 
     die_at: the first kills itself just before so many operations on files of out_dir.
     """
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
+    with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     flags = ['--init_from=resume', f'--out_dir={out_dir}']
-    if not os.path.exists(os.path.join(out_dir, 'ckpt.pt')):
+    if not os.path.exists(f'{out_dir}/ckpt.pt'):
         flags = conftest.flags(
             os.path.dirname(out_dir), out_dir, dataset='data', n_layer=3, n_embd=96,
             gradient_accumulation_steps=4, max_iters=config.steps, lr_decay_iters=0,
@@ -73,8 +69,8 @@ def start(config, out_dir, die_at=0):
     numbers = itertools.count(1)
 
     def hook(operation, arguments):
-        counts = operation in OPERATIONS and str(arguments[0]).startswith(out_dir)
-        if counts and next(numbers) == die_at:
+        counts = operation in ('open', 'os.rename', 'os.remove')  # as audit hooks name them
+        if counts and str(arguments[0]).startswith(out_dir) and next(numbers) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     pids = []
@@ -92,9 +88,9 @@ def start(config, out_dir, die_at=0):
 
 def train_and_exit(flags, output):
     """In a child: run train.py. Never returns."""
-    with open(output, 'a') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     sys.argv = ['train.py', *flags]
     status = 1
     try:
@@ -108,10 +104,7 @@ def train_and_exit(flags, output):
 
 
 def live(config, out_dir, kind, rng, seconds):
-    """One life, and its end of this kind ('' is none). Returns the set of its exit codes.
-
-    seconds: how long an undisturbed life takes.
-    """
+    """One life, and its end of this kind ('' is none). Returns the set of its exit codes."""
     pids = start(config, out_dir, rng.randint(1, 40) if kind == 'operation' else 0)
     if kind in ('any', 'stopping'):
         time.sleep(rng.uniform(0, seconds / 2))
@@ -119,12 +112,10 @@ def live(config, out_dir, kind, rng, seconds):
             for pid in rng.sample(pids, rng.randint(1, len(pids))):
                 os.kill(pid, signal.SIGTERM)
             time.sleep(rng.uniform(0, 0.1))
-        least = 1 if kind == 'any' else 0
-        for pid in rng.sample(pids, rng.randint(least, len(pids))):
+        for pid in rng.sample(pids, rng.randint(kind == 'any', len(pids))):
             os.kill(pid, signal.SIGKILL)
-    signal.alarm(LIMIT_S)  # if one hangs, SIGALRM ends this script
+    signal.alarm(600)  # if one hangs, SIGALRM ends this script
     codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}
-    signal.alarm(0)
     # Of several, those that were not killed must notice, and end with a line and exit code 2.
     # Stopped, all end with 0. -SIGTERM: it came before the run listened for it.
     others = codes - {-signal.SIGKILL, -signal.SIGTERM}
@@ -152,10 +143,10 @@ def main(argv):
         kind = next(kinds) if n_kills < config.kills else ''
         codes = live(config, out_dir, kind, rng, seconds)
         n_kills += -signal.SIGKILL in codes
-        found = {}
-        for path in glob.glob(os.path.join(out_dir, '*.pt')):
-            found[os.path.basename(path)] = checkpoint.open_checkpoint(path).checkpoint
-        if 'ckpt.pt' in found and found['ckpt.pt'].step == config.steps:
+        for path in glob.glob(f'{out_dir}/*.pt'):
+            checkpoint.open_checkpoint(path)
+        last = f'{out_dir}/ckpt.pt'
+        if os.path.exists(last) and checkpoint.load(last).step == config.steps:
             conftest.assert_same_run(undisturbed, out_dir)
             n_ends += 1
             shutil.rmtree(out_dir)
