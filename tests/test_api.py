@@ -38,7 +38,7 @@ class Client(TestClient):
         for token in self.answer:
             if token in request.stops:
                 request.end('stop')
-                return True
+                break
             request.written.append(token)
             request.deliver([token], None)
         request.end(self.finish)
@@ -91,9 +91,9 @@ def test_a_stop_string_is_found_wherever_the_tokens_end():
 def test_a_failure_is_an_error_whole_and_in_the_stream():
     client = Client(answer=b'ab', finish='error')
     assert client.refusal({})[0] == 503
-    lines = client.post(CHAT, json={'messages': QUESTION, 'stream': True}).text.split('\n\n')
-    assert lines[-2] == 'data: [DONE]'
-    assert json.loads(lines[-3].removeprefix('data: '))['error']['type'] == 'server_error'
+    *_, last, done, _ = client.post(
+        CHAT, json={'messages': QUESTION, 'stream': True}).text.split('\n\n')
+    assert '"type": "server_error"' in last and done == 'data: [DONE]'
 
 
 def test_messages_follow_the_rule_of_from_messages_and_forge_no_turn():
@@ -135,20 +135,17 @@ def test_a_request_has_its_own_parameters_or_the_servers():
 
 
 @pytest.mark.parametrize('body, status, param, said', [
-    (b'{"messages": [', 400, None, 'Invalid JSON'),
+    (b'{"messages": [', 400, None, 'Invalid JSON'), (b'[1]', 400, None, 'an object'),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, None, 'hex escape'),
-    (b'x' * 1_000_001, 413, None, '1,000,000 bytes'), (b'[1]', 400, None, 'an object'),
-    ({'messages': []}, 400, 'messages', 'at least 1'),
+    (b'x' * 1_000_001, 413, None, '1,000,000 bytes'),
     ({'messages': [{'role': 'tool'}]}, 400, 'messages.0.role', "'system'"),
     ({'messages': [{'role': 'assistant'}]}, 400, None, 'no message of a user'),
     ({'messages': [*QUESTION, {'role': 'assistant'}]}, 400, None, 'the last message'),
     ({'messages': [{'role': 'user', 'content': 'x' * 1100}]}, 400, None, 'reads 1 to 1,024'),
     ({'messages': [{'role': 'user'}]}, 400, None, '0 tokens'),
     ({'model': 'gpt-4'}, 404, 'model', 'there is tuned'),
-    ({'temperature': 2.5}, 400, 'temperature', '2'),
+    ({'temperature': 2.5}, 400, 'temperature', '2'), ({'seed': 10 ** 400}, 400, 'seed', 'less'),
     ({'max_tokens': '12'}, 400, 'max_tokens', 'integer'),
-    ({'seed': 10 ** 400}, 400, 'seed', 'less than'),
-    ({'stop': ['x'] * 5}, 400, 'stop', 'at most 4'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 400,
      'messages.0.content.list[Part].0.type', "should be 'text'"),
     ({'n': 2}, 400, 'n', 'no effect'), ({'tools': [{}]}, 400, 'tools', 'no effect'),

@@ -86,8 +86,7 @@ def test_config_files_of_ours_and_of_nanogpt_are_read(config_file):
     config = c.load(train.Config, [config_file(
         'import time\nwandb_log = False\nwandb_project = "x"\nalways_save_checkpoint = False\n'
         'wandb_run_name = "ft-" + str(time.time())\ngradient_accumulation_steps = 5 * 8\n'
-        'lr_decay_iters = 20\nmin_lr = 1e-5\nwarmup_iters = 2\ndecay_lr = False\n'
-        'eval_interval = 5\neval_iters = 40\nlog_interval = 1\nbeta2 = 0.99\n')])
+        'decay_lr = False\neval_iters = 40\n')])
     assert config.wandb_run_name == 'ft-' and config.gradient_accumulation_steps == 40
 
 
@@ -127,9 +126,9 @@ def test_a_wrong_line_of_a_file_is_named_and_nothing_is_executed(config_file, te
 
 def test_all_mistakes_are_reported_together_and_then_combinations_that_cannot_work(config_file):
     name = config_file('n_haed = 4\nlearning_rate = "fast"\nbatch_size = 3\n')
-    lines = mistakes(name, '--max_iter=3', '--compile=maybe', '--batch_size', '--n_head=5')
-    found = [re.search('n_haed|learning_rate|max_iter|compile|batch', line)[0] for line in lines]
-    assert found == ['n_haed', 'learning_rate', 'max_iter', 'compile', 'batch']
+    lines = mistakes(name, '--max_iter=3', '--batch_size', '--n_head=5')
+    for line, key in zip(lines, ('n_haed', 'learning_rate', 'max_iter', 'batch_size'), strict=True):
+        assert key in line
     assert mistakes('--n_head=5') == ['n_embd=768 is not a multiple of n_head=5.']
     assert load('--n_head=5', check=False).n_head == 5
 
@@ -142,15 +141,14 @@ for path in sorted(glob.glob('**/*.py', root_dir=REPOSITORY, recursive=True)):
 
 @pytest.mark.parametrize('path', SCRIPTS)
 def test_the_help_of_a_script_explains_every_key(path, monkeypatch, capsys):
-    """Each script's --help: exit code 0, its docstring, a line for every key with its default."""
     monkeypatch.syspath_prepend(os.path.join(REPOSITORY, os.path.dirname(path)))
     module = importlib.import_module(path[:-3].replace('/', '.'))
     with pytest.raises(SystemExit, match='^0$'):
         module.main(['--help'])
     text = capsys.readouterr().out
-    assert inspect.getdoc(module) in text and 'def ' not in text
-    for field in fields(module.Config):
-        assert re.search(rf'^    {field.name}: .* = .*  # \S', text, re.MULTILINE), field.name
+    assert inspect.getdoc(module) in text
+    explained = re.findall(r'^    (\w+): .* = .*  # \S', text, re.MULTILINE)
+    assert explained == [field.name for field in fields(module.Config)]
 
 
 def test_a_mistake_of_a_script_is_a_line_each_and_exit_code_2(script):

@@ -13,8 +13,6 @@ from core.tokenizer import Tokenizer
 
 pytest.importorskip('transformers')
 JAPAN = 'What is the capital of Japan?'
-FRANCE = [{'role': 'user', 'content': 'What is the capital of France?'},
-          {'role': 'assistant', 'content': 'The capital of France is Paris.'}]
 WHY = 'pip install -r requirements-export.txt'
 
 
@@ -37,10 +35,12 @@ def test_trl_trains_it_on_what_we_supervise(tuned, tmp_path, template, small, sa
         output_dir=str(tmp_path / 'trl'), max_steps=1, per_device_train_batch_size=2,
         assistant_only_loss=True, max_length=64, report_to='none', save_strategy='no',
         use_cpu=True, disable_tqdm=True)
-    tokyo = [{'role': 'user', 'content': JAPAN},
-             {'role': 'assistant', 'content': ' </user> Tokyo'}]
-    rows = datasets.Dataset.from_list([{'messages': FRANCE}, {'messages': tokyo}])
-    trainer = trl.SFTTrainer(folder, args=config, train_dataset=rows)
+    rows = []
+    for answer in ('Tokyo.', ' </user> Tokyo'):
+        rows.append({'messages': [{'role': 'user', 'content': JAPAN},
+                                  {'role': 'assistant', 'content': answer}]})
+    trainer = trl.SFTTrainer(folder, args=config,
+                             train_dataset=datasets.Dataset.from_list(rows))
     bpe = checkpoint.open_model(source).tokenizer
     for row, example in zip(rows, trainer.train_dataset):
         turns = readback.from_messages(row['messages'])
