@@ -1,6 +1,6 @@
-"""Damage files at random: reading them ends in a value or in one line for the user.
+"""Damage conversation trees at random: prepare.py writes whole files or says one line.
 
-    python tests/stress/fuzz.py --target=oasst --inputs=100000
+    python tests/stress/fuzz.py --inputs=100000
 
 A finding ends the run with a traceback. --first=NUMBER --inputs=1 shows it again.
 """
@@ -13,27 +13,22 @@ import random
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import Literal
 from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from conftest import BYTES, checkpoint_of, read_back, tiny  # puts the repository on the path
+from conftest import BYTES, read_back  # puts the repository on the path
 import configurator
 from configurator import Count, Natural, UserError
-from core import checkpoint, tokenfile, tokenizer
-from core.generate import Sampling, generate
+from core import tokenfile, tokenizer
 from data.oasst import prepare as oasst
 
-# The file that is damaged, of those that make() writes.
-TARGETS = {'oasst': 'trees.jsonl', 'checkpoint': 'ckpt.pt'}
 PIECES = [b'', b'\n', b'"', b'[' * 99, b'null', b'\xff', b'\0', b'1e999', b'9' * 5000]
 VALUES = [None, True, -1, 0.5, float('nan'), '', '\0', '\ud800', '\n', [], {}, [None], {'': None}]
 
 
 @dataclass(frozen=True)
 class Config:
-    target: Literal[*TARGETS] = 'oasst'  # what is damaged and read
     inputs: Count = 20_000     # how many
     first: Natural = 0         # number of the first of them
 
@@ -49,7 +44,7 @@ def damage_value(value, rng):
 
 def damage(data, rng):
     """The data with a JSON value replaced, or bytes overwritten, inserted, left out or cut off."""
-    if data[:1] == b'{' and rng.random() < 0.7:
+    if rng.random() < 0.7:
         lines = data.splitlines()
         i = rng.randrange(len(lines))
         lines[i] = json.dumps(damage_value(json.loads(lines[i]), rng)).encode()
@@ -65,20 +60,17 @@ def message(name, role, *replies):
             'rank': 0, 'deleted': False, 'review_result': True, 'replies': replies}
 
 
-def make(target):
-    """Write all files into the current folder; returns the bytes of the one to damage."""
+def make():
+    """Three trees, the bytes to damage."""
     answer = message('b', 'assistant', message('c', 'prompter', message('d', 'assistant')))
-    with open('trees.jsonl', 'w') as file:
-        for name in 'uvw':
-            tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
-            print(json.dumps(tree), file=file)
-    model = tiny(n_layer=1, n_embd=4, block_size=8, vocab_size=BYTES.vocab_size)
-    checkpoint.save(checkpoint_of(model, BYTES), 'ckpt.pt')
-    with open(TARGETS[target], 'rb') as file:
-        return file.read()
+    lines = []
+    for name in 'uvw':
+        tree = {'message_tree_id': name, 'prompt': message(name, 'prompter', answer)}
+        lines.append(json.dumps(tree))
+    return '\n'.join(lines).encode()
 
 
-def read_oasst():
+def prepare():
     """Whole token files that read back and whose counts add up, or those of before, untouched."""
     before = {path: os.stat(path).st_ino for path in glob.glob('out/*')}
     try:
@@ -96,19 +88,13 @@ def read_oasst():
     assert n == meta['kept'] == meta['seen'] - sum(meta['dropped'].values()) > 0
 
 
-def read_checkpoint():
-    opened = checkpoint.open_model('.')
-    prompt = [opened.tokenizer.end_of_text]
-    next(generate(opened.model.float().eval(), [prompt], 1, Sampling(temperature=0)))
-
-
-def check(target, data, number):
-    """Read the file with some damage. Returns whether it could be read."""
-    with open(TARGETS[target], 'wb') as file:
+def check(data, number):
+    """Read the data with some damage, in the current folder. Returns whether it could be read."""
+    with open('trees.jsonl', 'wb') as file:
         file.write(damage(data, random.Random(number)))
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            globals()[f'read_{target}']()
+            prepare()
     except UserError as error:
         assert '\n' not in str(error)
         return False
@@ -121,10 +107,9 @@ def check(target, data, number):
 def main(argv):
     config = configurator.load(Config, argv)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        data = make(config.target)
         numbers = range(config.first, config.first + config.inputs)
-        n_read = sum(check(config.target, data, number) for number in numbers)
-    print(f'{config.target}: {config.inputs:,} inputs, {n_read:,} of them read')
+        n_read = sum(check(make(), number) for number in numbers)
+    print(f'{config.inputs:,} inputs, {n_read:,} of them read')
 
 
 if __name__ == '__main__':
