@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -24,9 +25,8 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    precision = torch.get_float32_matmul_precision()
     yield chosen
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision('highest')
 
 
 def test_a_device_is_picked_or_refused_with_those_that_there_are(two_gpus):
@@ -42,15 +42,11 @@ def test_a_device_is_picked_or_refused_with_those_that_there_are(two_gpus):
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """A function: processes() as if torchrun had started it, here; returns what init got."""
-    init = {}
-
-    def leave(status):
-        raise SystemExit(status)
-    monkeypatch.setattr(dist, 'init_process_group',
-                        lambda backend, **options: init.update(options, backend=backend))
+    """A function: processes() as if torchrun had started it, here, and the stand-in for init."""
+    init = mock.Mock()
+    monkeypatch.setattr(dist, 'init_process_group', init)
     monkeypatch.setattr(dist, 'barrier', lambda: None)
-    monkeypatch.setattr(os, '_exit', leave)
+    monkeypatch.setattr(os, '_exit', sys.exit)
 
     def run(rank, world, device):
         environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world}
@@ -64,25 +60,22 @@ def torchrun(monkeypatch):
 @pytest.mark.parametrize('rank, device', [(0, 'auto'), (1, 'auto'), (1, 'cuda'), (0, 'cuda:1')])
 def test_under_torchrun_each_process_has_a_gpu_of_its_own(torchrun, two_gpus, rank, device):
     entered, init = torchrun(rank, 2, device)
-    with pytest.raises(SystemExit):
-        with entered as procs:
-            assert (procs.rank, procs.world, procs.device) == (rank, 2, f'cuda:{rank}')
+    with pytest.raises(SystemExit), entered as procs:
+        assert (procs.rank, procs.world, procs.device) == (rank, 2, f'cuda:{rank}')
     assert two_gpus[-1] == rank
-    assert init['backend'] == 'nccl' and init['device_id'] == torch.device(f'cuda:{rank}')
+    init.assert_called_once_with('nccl', device_id=torch.device(f'cuda:{rank}'))
 
 
 @pytest.mark.parametrize('rank, said', [(0, 'a mistake\n'), (1, '')])
 def test_a_mistake_is_printed_by_one_process_and_ends_all_with_2(torchrun, capsys, rank, said):
     entered, init = torchrun(rank, 2, 'cpu')
-    with pytest.raises(SystemExit, match='^2$'):
-        with entered:
-            raise UserError('a mistake')
+    with pytest.raises(SystemExit, match='^2$'), entered:
+        raise UserError('a mistake')
     assert capsys.readouterr().err == said
-    assert init['backend'] == 'gloo'
+    init.assert_called_once_with('gloo', device_id=None)
     entered, _ = torchrun(rank, 3, 'cpu')
-    with one_line('=4 cannot be shared equally by 3 processes.*of 3'):
-        with entered:
-            pass
+    with one_line('=4 cannot be shared equally by 3 processes.*of 3'), entered:
+        pass
 
 
 # ---- several processes ----
@@ -100,5 +93,4 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path):
     assert done.stdout.count('| val_loss') == 3 and done.stdout.count('finished') == 1
     assert_near(tmp_path / '1', tmp_path / '2')
     two = checkpoint.load(tmp_path / '2' / 'ckpt.pt')
-    for name, p in one.model.items():
-        assert torch.allclose(p, two.model[name], atol=1e-4), name
+    torch.testing.assert_close(one.model, two.model, atol=1e-4, rtol=0)
