@@ -44,14 +44,11 @@ WORDS = ['red', 'green', 'blue', 'one', 'two', 'three', 'sun', 'moon', 'star', '
          'of', 'and', 'a', 'river', 'mountain', 'sea']
 
 
-class Payload:
-    """Makes the folder `proof` when it is unpickled."""
-
-    def __init__(self, proof):
-        self.proof = proof
+class Payload(str):
+    """Makes a folder of this name when it is unpickled."""
 
     def __reduce__(self):
-        return os.mkdir, (self.proof,)
+        return os.mkdir, (str(self),)
 
 
 # ---- vocabularies and data ----
@@ -166,9 +163,6 @@ class Conversations:
             mask[-1] = 1
             self.found.append((ids, mask))
 
-    def __len__(self):
-        return len(self.found)
-
     def __getitem__(self, i):
         return self.found[i]
 
@@ -228,8 +222,8 @@ def run(data, out_dir, **changes):
 
 def resume(out_dir, **changes):
     """Go on with the run in out_dir in this process; returns the last Checkpoint."""
-    changes = {'init_from': 'resume', 'out_dir': out_dir} | changes
-    train.main([f'--{key}={value}' for key, value in changes.items()])
+    flags = [f'--{key}={value}' for key, value in changes.items()]
+    train.main(['--init_from=resume', f'--out_dir={out_dir}', *flags])
     return checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 
 
@@ -282,10 +276,9 @@ def assert_same_bits(one, two):
 def assert_same_run(one, two):
     """Two folders hold the same run, bit for bit, but for its keys and the time it took."""
     for name in ('ckpt.pt', 'best.pt'):
-        contents = [vars(checkpoint.load(os.path.join(folder, name))) for folder in (one, two)]
-        for saved in contents:
-            del saved['config']
-        assert_same_bits(*contents)
+        a = checkpoint.load(os.path.join(one, name))
+        b = checkpoint.load(os.path.join(two, name))
+        assert_same_bits(vars(a), vars(b) | {'config': a.config})
     assert log_of(one) == log_of(two)
 
 
