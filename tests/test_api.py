@@ -25,11 +25,11 @@ class Client(TestClient):
     """A client of the application, whose answers are scripted. It keeps the last Request."""
 
     def __init__(self, *arguments, answer=b'Paris', template='xml', finish='length'):
+        self.answer = answer
+        self.finish = finish
         config = configurator.load(serve.Config, arguments)
         opened = checkpoint.Opened(None, BYTES, template, 'scripted')
         served = serve.Served('tuned', opened, template, 1024, None, {'id': 'tuned'})
-        self.answer = answer
-        self.finish = finish
         super().__init__(make_app(config, [served], self), 'http://localhost')
 
     def submit(self, batch, request):
@@ -122,8 +122,7 @@ def test_the_oldest_turns_are_left_out_where_that_is_asked():
 
 def test_a_request_has_its_own_parameters_or_the_servers():
     client = Client('--temperature=0.5', '--max_new_tokens=7')
-    client.text(top_k=None, n=1, min_p=0, logprobs=False, tools=[], functions=None,
-                metadata={'a': 1}, store=True, cache_prompt=True, keep_alive='5m', chat_id='7')
+    client.text(top_k=None, n=1, logprobs=False, tools=[], metadata={'a': 1}, keep_alive='5m')
     assert client.asked.sampling == Sampling(temperature=0.5, top_k=200)
     assert client.asked.max_new_tokens == 7
     sampling = Sampling(0, 3, 0.5, 0.1, 1.5, 2)
@@ -157,11 +156,10 @@ def test_a_bad_request_gets_openais_error(body, status, param, said):
 
 
 @pytest.mark.parametrize('host, origin, key, status', [
-    ('localhost:8000', '', 'secret', 200),
-    ('127.0.0.1:8000', 'http://127.0.0.1:8000', 'secret', 200),
-    ('BOX.lan:8000', '', 'secret', 200), ('[::1]:8000', '', 'Secret', 401),
-    ('evil.example', '', 'secret', 403), ('localhost', 'http://evil.example', 'secret', 403),
-    ('', '', 'secret', 403)])
+    ('localhost:8000', '', 'secret', 200), ('BOX.lan:8000', '', 'secret', 200),
+    ('127.0.0.1:8000', 'http://127.0.0.1:8000', 'secret', 200), ('', '', 'secret', 403),
+    ('[::1]:8000', '', 'Secret', 401), ('evil.example', '', 'secret', 403),
+    ('localhost', 'http://evil.example', 'secret', 403)])
 def test_only_who_may_ask_is_answered(monkeypatch, host, origin, key, status):
     monkeypatch.setenv('GPT2_API_KEY', 'secret')
     client = Client('--allow_host=example.org, box.lan')

@@ -108,9 +108,7 @@ def texts(page):
 
 
 def said(request):
-    """The texts of the messages of a request; a user's and an assistant's take turns."""
-    roles = [message['role'] for message in request['messages']]
-    assert roles == (['user', 'assistant'] * len(roles))[:len(roles)]
+    """The texts of the messages of a request."""
     return [message['content'] for message in request['messages']]
 
 
@@ -185,8 +183,8 @@ def test_a_reload_keeps_the_chats_the_settings_and_the_api_key(script):
     (['The', None], 'The', 'The connection broke before the answer ended.'),
     (None, '', 'The server does not answer. Is serve.py running?')])
 def test_an_error_is_shown_and_retry_asks_again(script, reply, text, error):
-    page = script.open()
     script.replies['out/oasst'] = reply
+    page = script.open()
     ask(page, 'France?')
     expect(page.locator('.answer .error')).to_have_text(error)
     assert texts(page) == [text]
