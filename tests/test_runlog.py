@@ -1,8 +1,8 @@
 """What runlog.py draws, and sends to TensorBoard and Weights & Biases: the numbers of log.csv."""
 import os
 import sys
-import types
 from importlib.machinery import ModuleSpec
+from unittest import mock
 
 import pytest
 
@@ -32,10 +32,9 @@ def test_tensorboard_has_the_numbers_of_log_csv(data, tmp_path, monkeypatch, no_
         if trainer.state.step == 7:
             raise KeyboardInterrupt
         return step(trainer, request)
-    monkeypatch.setattr(Trainer, 'train_step', killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, 'train_step', killed)
         run(data, tmp_path, **SMALL, tensorboard=True)
-    monkeypatch.setattr(Trainer, 'train_step', step)
     resume(tmp_path)
     events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
     found = []
@@ -49,23 +48,17 @@ def test_tensorboard_has_the_numbers_of_log_csv(data, tmp_path, monkeypatch, no_
 
 def test_wandb_gets_the_numbers_of_log_csv_and_nanogpts_keys(
         data, tmp_path, monkeypatch, no_pictures):
-    wandb = types.ModuleType('wandb')  # a stand-in for the package
+    wandb = mock.Mock()  # a stand-in for the package
     wandb.__spec__ = ModuleSpec('wandb', None)
-    asked = {}
-    sent = []
-
-    def log(numbers, step):
-        sent.extend((name, step, number) for name, number in numbers.items())
-
-    def init(**keys):
-        asked.update(keys)
-        return types.SimpleNamespace(log=log)
-    wandb.init = init
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
     saved = run(data, tmp_path, **SMALL, wandb_log=True, wandb_project='owt', wandb_run_name='mine')
+    wandb.init.assert_called_once_with(project='owt', name='mine', dir=str(tmp_path),
+                                       resume='auto', config=saved.config)
+    sent = []
+    for call in wandb.init.return_value.log.call_args_list:
+        numbers, = call.args
+        sent += [(name, call.kwargs['step'], number) for name, number in numbers.items()]
     assert sorted(sent) == numbers_of(tmp_path)
-    assert asked == {'project': 'owt', 'name': 'mine', 'dir': str(tmp_path), 'resume': 'auto',
-                     'config': saved.config}
 
 
 @pytest.mark.parametrize('key, package', [('tensorboard', 'tensorboard'), ('wandb_log', 'wandb')])

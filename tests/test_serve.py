@@ -111,7 +111,7 @@ def test_places_are_free_when_clients_have_gone_and_the_queue_is_limited(models)
     with serving(models / 'slow', *limits) as url, ThreadPoolExecutor(8) as pool:
         for stream in (True, False):
             connection = http.client.HTTPConnection(url.removeprefix('http://'))
-            connection.request('POST', CHAT, json.dumps({**LONG, 'stream': stream}))
+            connection.request('POST', CHAT, json.dumps(LONG | {'stream': stream}))
             wait_for_writing(url, 1)
             connection.close()
             wait_for_writing(url, 0, 1)
@@ -172,15 +172,14 @@ def test_the_page_offers_questions_of_the_models_own_data(whole, models):
 def test_mistakes_at_the_start_are_one_line(script, tmp_path):
     with serve.listen('127.0.0.1', 0) as taken:
         port = taken.getsockname()[1]
-        for argument, said in (('--init_from=nowhere', 'nowhere'), ('--batch_size=0', 'batch_size'),
-                               (f'--port={port}', f'cannot listen on 127.0.0.1:{port}')):
-            with one_line(said):
-                serve.main(['--port=0', '--device=cpu', argument])
+        with one_line(f'cannot listen on 127.0.0.1:{port}'):
+            serve.main([f'--port={port}'])
+    with one_line('nowhere'):
+        serve.main(['--port=0', '--init_from=nowhere'])
     (tmp_path / 'uvicorn.py').write_text('raise ImportError("there is none")')
     done = script('serve.py', '--help', env={'PYTHONPATH': str(tmp_path)})
-    assert done.returncode == 2
-    assert done.stderr == ('serve.py needs Starlette and uvicorn (there is none). '
-                           'Install them: pip install -r requirements-serve.txt\n')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert 'there is none). Install them: pip install -r requirements-serve.txt' in done.stderr
 
 
 def test_the_page_shows_what_the_api_answers_as_it_comes_and_stops_it(url, models):
