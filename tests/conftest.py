@@ -223,6 +223,7 @@ def run(data, out_dir, **changes):
 def resume(out_dir, **changes):
     """Go on with the run in out_dir in this process; returns the last Checkpoint."""
     flags = [f'--{key}={value}' for key, value in changes.items()]
+    torch.manual_seed(99)  # a new process draws other numbers
     train.main(['--init_from=resume', f'--out_dir={out_dir}', *flags])
     return checkpoint.load(os.path.join(out_dir, 'ckpt.pt'))
 

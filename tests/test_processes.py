@@ -81,11 +81,10 @@ def test_a_mistake_is_printed_by_one_process_and_ends_all_with_2(torchrun, capsy
 # ---- several processes ----
 
 def test_two_processes_give_the_losses_of_one(data, tmp_path):
-    """By torchrun. An epoch is 27 rows in steps of 2: the last one begins the next epoch."""
-    keys = {'dropout': 0.0, 'batch_size': 1, 'epochs': 1.0, 'max_iters': 0, 'eval_interval': 7,
-            'log_interval': 1}
+    """By torchrun. An epoch is 27 rows in steps of 4: the last one begins the next epoch."""
+    keys = {'dropout': 0.0, 'epochs': 1.0, 'max_iters': 0, 'eval_interval': 4, 'log_interval': 1}
     one = run(data, tmp_path / '1', **keys)
-    assert one.step == 14
+    assert one.step == 7
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                f'{REPOSITORY}/train.py', *flags(data, tmp_path / '2', **keys)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
