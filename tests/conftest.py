@@ -89,6 +89,12 @@ def small(vocabulary):
     return tokenizer.load(vocabulary)
 
 
+@pytest.fixture
+def small_as_gpt2(small, monkeypatch):
+    """The small vocabulary stands for GPT-2's, which not every machine has."""
+    monkeypatch.setattr(tokenizer, 'load', lambda name, tags=True: small.with_tags(tags))
+
+
 @pytest.fixture(scope='session')
 def real_trees():
     """The path of 100 real OpenAssistant trees."""

@@ -13,20 +13,20 @@ from conftest import flags, one_line
 
 
 @pytest.fixture(scope='module')
-def original(data, gpt2, tmp_path_factory):
+def original(data, tmp_path_factory):
     """A folder with data/colours; out, a run; model, a tiny GPT-2 in transformers' form."""
     folder = tmp_path_factory.mktemp('original')
     shape = {'n_layer': 1, 'n_head': 1, 'n_embd': 8}
     shutil.copytree(data, folder / 'data')
     train.main(flags(folder / 'data', folder / 'out', max_iters=2, eval_interval=2, **shape))
     os.remove(folder / 'out' / 'best.pt')
-    config = transformers.GPT2Config(**shape)
+    config = transformers.GPT2Config(**shape, vocab_size=400)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / 'model')
     return folder
 
 
 @pytest.fixture
-def files(original, tmp_path, monkeypatch):
+def files(original, small_as_gpt2, tmp_path, monkeypatch):
     """A copy of it, to spoil; the current folder."""
     shutil.copytree(original, tmp_path / 'files')
     monkeypatch.chdir(tmp_path / 'files')
