@@ -146,7 +146,9 @@ def main(argv):
         for path in glob.glob(f'{out_dir}/*.pt'):
             checkpoint.open_checkpoint(path)
         last = f'{out_dir}/ckpt.pt'
-        if os.path.exists(last) and checkpoint.load(last).step == config.steps:
+        # A run that was stopped after its last step has yet to evaluate it.
+        saved = checkpoint.load(last) if os.path.exists(last) else None
+        if saved and saved.step == config.steps and saved.val_loss is not None:
             conftest.assert_same_run(undisturbed, out_dir)
             n_ends += 1
             shutil.rmtree(out_dir)
