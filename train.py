@@ -65,6 +65,7 @@ class Config:
     device: str = 'auto'        # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products
     compile: bool = False       # torch.compile: slower to start, faster afterwards
+    timeout_s: Count = 600      # a process ends if another does not answer for so long
     seed: Seed = 1337           # of the order of the data, dropout and a new model
     # where the numbers of log.csv go as well
     tensorboard: bool = False   # to out_dir/tensorboard

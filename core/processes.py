@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,8 @@ def processes(config):
         device_id = torch.device(device)
     status = 2
     try:
-        dist.init_process_group(backend, device_id=device_id)
+        timeout = timedelta(seconds=config.timeout_s)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
         yield Processes(int(os.environ['RANK']), world, device)
         # Nobody leaves while another still needs it.
         dist.barrier()
@@ -83,8 +85,8 @@ def processes(config):
         # The only sign that another process ended or hangs. With nccl, torch's watchdog ends us.
         if not isinstance(error, dist.DistError) and 'gloo' not in str(error):
             raise
-        print('another process ended or does not answer. Go on from the last checkpoint with '
-              '--init_from=resume', file=sys.stderr)
+        print('another process ended or did not answer within timeout_s. Go on from the '
+              'last checkpoint with --init_from=resume', file=sys.stderr)
     # Not by way of the interpreter's exit, where gloo's threads abort now and then (torch 2.13).
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -13,6 +14,8 @@ from configurator import REPOSITORY, UserError
 from conftest import assert_near, flags, one_line, run
 from core import checkpoint, processes
 from core.device import pick_device, pick_dtype
+
+MINUTE = timedelta(minutes=1)
 
 # ---- devices ----
 
@@ -52,7 +55,7 @@ def torchrun(monkeypatch):
         environment = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world}
         for name, number in environment.items():
             monkeypatch.setenv(name, str(number))
-        config = train.Config(device=device, gradient_accumulation_steps=4)
+        config = train.Config(device=device, gradient_accumulation_steps=4, timeout_s=60)
         return processes.processes(config), init
     return run
 
@@ -63,7 +66,7 @@ def test_under_torchrun_each_process_has_a_gpu_of_its_own(torchrun, two_gpus, ra
     with pytest.raises(SystemExit), entered as procs:
         assert (procs.rank, procs.world, procs.device) == (rank, 2, f'cuda:{rank}')
     assert two_gpus[-1] == rank
-    init.assert_called_once_with('nccl', device_id=torch.device(f'cuda:{rank}'))
+    init.assert_called_once_with('nccl', timeout=MINUTE, device_id=torch.device(f'cuda:{rank}'))
 
 
 @pytest.mark.parametrize('rank, said', [(0, 'a mistake\n'), (1, '')])
@@ -72,7 +75,7 @@ def test_a_mistake_is_printed_by_one_process_and_ends_all_with_2(torchrun, capsy
     with pytest.raises(SystemExit, match='^2$'), entered:
         raise UserError('a mistake')
     assert capsys.readouterr().err == said
-    init.assert_called_once_with('gloo', device_id=None)
+    init.assert_called_once_with('gloo', timeout=MINUTE, device_id=None)
     entered, _ = torchrun(rank, 3, 'cpu')
     with one_line('=4 cannot be shared equally by 3 processes.*of 3'), entered:
         pass

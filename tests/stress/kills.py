@@ -65,7 +65,7 @@ def start(config, out_dir, die_at=0):
         flags = conftest.flags(
             os.path.dirname(out_dir), out_dir, dataset='data', n_layer=3, n_embd=96,
             gradient_accumulation_steps=4, max_iters=config.steps, lr_decay_iters=0,
-            eval_interval=4, log_interval=3, learning_rate=3e-3, overwrite=True)
+            eval_interval=4, log_interval=3, learning_rate=3e-3, timeout_s=20, overwrite=True)
     numbers = itertools.count(1)
 
     def hook(operation, arguments):
