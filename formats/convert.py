@@ -22,13 +22,13 @@ from configurator import Count, UserError
 @dataclass(frozen=True)
 class Config:
     input: str = ''           # a folder or hub name, nanoGPT's ckpt.pt, or its data
-    out_dir: str = ''         # the folder to write
+    out_dir: str = 'out/converted'  # the folder to write
     tags: bool = True         # rows 50257 to 50262 of nanoGPT's model are our six tags
     window: Count = 1025      # tokens of a text of data; the last one is only predicted
 
     def problems(self):
-        if not self.input or not self.out_dir:
-            yield 'give --input=MODEL_OR_DATA and --out_dir=FOLDER.'
+        if not self.input:
+            yield 'give --input=MODEL_OR_DATA.'
 
 
 # torch takes seconds to import: mistakes on the command line are found before.
