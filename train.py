@@ -38,7 +38,7 @@ class Config:
     log_interval: Count = 10    # steps between lines; log.csv has every step
     sample_every: Natural = 0   # steps between answers to sample_prompt; 0 for none
     sample_prompt: str = "What's the capital of France?"  # asked in the template
-    patience: Natural = 0       # stop after so many evaluations without a better one
+    patience: Natural = 0       # stop after so many evaluations without a better one; 0 never
     always_save_checkpoint: bool = True  # False: write ckpt.pt only if val_loss improved
     # a step: gradient_accumulation_steps micro-batches of batch_size rows, over all processes
     batch_size: Count = 4       # rows in a micro-batch
