@@ -111,7 +111,7 @@ SHAPE = ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size', 'dropout')
 def open_model(config, folders):
     """The checkpoint.Opened to train. Its checkpoint is where the run begins or goes on."""
     metas = [tokenfile.read_meta(folder) for folder in folders]
-    # The first data set decides the template. One that needs the tags is enough.
+    # The first data set decides the template. The tags are added if any of them needs them.
     template = metas[0]['template']
     tags = any(TEMPLATES[meta['template']].tags for meta in metas)
     with reading(config.dataset, 'Prepare the data again.'):

@@ -37,9 +37,7 @@ def open_folder(name, vocabulary=None):
     """
     folder = name if os.path.isdir(name) else from_hub(name)
     config = read_config(folder)
-    weights = read_weights(folder)
     with reading(folder, "Expected a GPT-2 in transformers' form."):
-        model = from_transformers(config, weights)
         pieces = read_pieces(folder)
     if pieces:
         vocabulary = tokenizers.load('gpt2', tags=tokenizers.TAGS[0] in pieces)
@@ -47,6 +45,9 @@ def open_folder(name, vocabulary=None):
             raise UserError(f"{name} has another vocabulary than GPT-2. {CONVERT}{name}")
     else:
         vocabulary = (vocabulary or tokenizers.load('gpt2')).with_tags(False)
+    weights = read_weights(folder)
+    with reading(folder, "Expected a GPT-2 in transformers' form."):
+        model = from_transformers(config, weights)
     n_rows = model.config.vocab_size
     if n_rows < vocabulary.vocab_size:
         raise UserError(f'{name} has {n_rows} tokens, its vocabulary {vocabulary.vocab_size}. '

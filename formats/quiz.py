@@ -78,7 +78,7 @@ def words(text):
 def is_right(text, wanted):
     """Whether the name stands in the first sentence of the text."""
     line = text.strip().split('\n')[0]
-    # Before a capital letter, but not in "St. John's" and "D.C."
+    # A sentence ends before a capital letter, but not in "St. John's" and "D.C."
     ends = r'(?<!\bSt\.)(?<![.\s]\w\.)(?<=[.!?])\s+(?=["\'“(]?[A-ZÀ-Þ])'
     sentence = re.split(ends, line)[0]
     return words(wanted) in words(sentence)

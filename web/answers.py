@@ -39,7 +39,10 @@ class Answer:
             stops=conversation.stop_ids(tokenizer, served.template))
 
     async def pieces(self):
-        """Yield what each token adds, up to a stop string. Without a reader, stop."""
+        """Yield what each token adds, up to a stop string.
+
+        If nobody reads on, the worker stops writing.
+        """
         stops = self.body.stop or []
         longest = max(len(stop) for stop in ['.', *stops])
         held = ''  # not yielded yet

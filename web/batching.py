@@ -37,7 +37,7 @@ class Request:
     ended: bool = False  # or the client has gone
     written: list = field(default_factory=list)  # ids of the answer so far
     n_remembered: int = 0  # tokens of the prompt that were not read again
-    generator: torch.Generator = None  # its own: others change nothing
+    generator: torch.Generator = None  # its own, so that other requests change nothing
 
     def end(self, finish):
         if not self.ended:

@@ -67,8 +67,8 @@ class Config:
     report: bool = False  # also write a page about the data, report.html
     template: Literal[tuple(TEMPLATES)] = 'alpaca'  # how rows are written
     tokenizer: str = 'gpt2'  # or a checkpoint's folder
-    max_tokens: Count = 1024  # of a row
-    too_long: Literal['cut', 'drop'] = 'cut'  # what happens to longer ones
+    max_tokens: Count = 1024  # of a row; see too_long
+    too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of a longer one, or drop it
     val_fraction: Fraction = 0.05  # share of the prompts
     test_fraction: Fraction = 0.0  # the same for a test split
     seed: Seed = 1337  # decides which prompts those are

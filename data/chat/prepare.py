@@ -55,7 +55,7 @@ class Config:
     template: Literal[tuple(conversation.TEMPLATES)] = 'xml'  # how they are written
     tokenizer: str = 'gpt2'  # or a checkpoint's folder
     max_tokens: Count = 1024  # a longer conversation loses its last turns
-    too_long: Literal['cut', 'drop'] = 'cut'  # an answer that does not fit
+    too_long: Literal['cut', 'drop'] = 'cut'  # keep the beginning of an answer, or drop it
     val_fraction: Fraction = 0.05  # share of the conversations
     seed: Seed = 1337  # decides which these are
 
