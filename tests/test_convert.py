@@ -1,7 +1,7 @@
 """What formats/convert.py makes: other vocabularies, weights in parts, nanoGPT's files."""
 import json
 import os
-from functools import partial
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,11 @@ def of_its_size(monkeypatch):
     """A vocabulary of as many tokens as GPT-2's: pairs of bytes, which is on every machine."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [bytes([i // 256, i % 256]) for i in range(50_000)]
-    monkeypatch.setattr(convert.tokenizers, 'load', partial(Tokenizer, tokens=tokens))
+    load = convert.tokenizers.load
+
+    def load_stand_in(name, tags=True):
+        return Tokenizer(name, tokens, tags) if name == 'gpt2' else load(name, tags)
+    monkeypatch.setattr(convert.tokenizers, 'load', load_stand_in)
 
 
 def ckpt(path, vocab_size=50304, bias=True, prefix='', **changes):
@@ -105,10 +109,15 @@ def german(vocabulary, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_another_vocabulary_is_named_converted_and_kept_with_its_special_tokens(german, tmp_path):
+def test_another_vocabulary_is_named_converted_and_kept_with_its_special_tokens(
+        german, of_its_size, tmp_path):
     folder, model, n = german
     with one_line(f'Convert it: python formats/convert.py --input={folder}'):
         checkpoint.open_model(str(folder))
+    parts = shutil.copytree(folder, tmp_path / 'parts')
+    (parts / 'tokenizer.json').unlink()
+    with one_line(f'no model.safetensors .* Convert it: python formats/convert.py --input={parts}'):
+        checkpoint.open_model(str(parts))
     out = str(tmp_path / 'out')
     convert.main([f'--input={folder}', f'--out_dir={out}'])
     opened = checkpoint.open_model(out)
